@@ -1,0 +1,40 @@
+"""hubtool: knows what an adapter file is, converts it without losing a number, and hands it to diffusers or to the Hub.
+
+The names below are the public Python API. They are loaded on first use (PEP 562): ``import hubtool`` imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hubtool.actions.convert import convert
+    from hubtool.actions.inspect import inspect
+    from hubtool.actions.scan import scan
+    from hubtool.formats import open_file
+    from hubtool.pipelines import load, save, unload
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "convert", "inspect", "load", "open_file", "save", "scan", "unload"]
+
+_HOMES = {
+    "convert": "hubtool.actions.convert",
+    "inspect": "hubtool.actions.inspect",
+    "load": "hubtool.pipelines",
+    "open_file": "hubtool.formats",
+    "save": "hubtool.pipelines",
+    "scan": "hubtool.actions.scan",
+    "unload": "hubtool.pipelines",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

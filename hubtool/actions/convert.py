@@ -1,0 +1,97 @@
+"""convert: one file into another container, layout, encoding or dtype; lineage goes into the library when the source is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubtool.errors import LossyConversion, UsageProblem
+from hubtool.formats import open_file
+from hubtool.ops import convert as ops
+from hubtool.ops.convert import SUFFIXES, Target
+from hubtool.ops.execute import execute, execute_in_place
+from hubtool.ops.plan import Plan
+from hubtool.ops.verify import Verdict, compare
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a conversion is carried out. ``library``: where lineage is recorded (a path or URL, None for the default)."""
+
+    allow_loss: bool = False
+    force: bool = False
+    dry_run: bool = False
+    in_place: bool = False
+    verify: bool = False
+    library: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What was done. ``output`` is None for a dry run; ``verdict`` is None unless ``verify`` was asked."""
+
+    plan: Plan
+    output: Path | None
+    size: int
+    verdict: Verdict | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        document = {**self.plan.to_json(), "output": None if self.output is None else str(self.output), "size": self.size}
+        return document if self.verdict is None else {**document, "verify": self.verdict.to_json()}
+
+
+def plan(source: str | Path, target: Target = Target()) -> Plan:
+    """What ``convert`` would write, without writing it."""
+    return ops.plan(open_file(Path(source)), target)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path | None,
+    target: Target = Target(),
+    options: Options = Options(),
+    progress: Progress | None = None,
+) -> Converted:
+    """Convert ``source`` to ``output`` (or in place, where only names change).
+
+    The container follows ``target.format``, else the output's suffix. Raises ``LossyConversion`` unless losses are allowed, and what
+    planning and writing raise; the output appears whole or not at all.
+    """
+    file = open_file(Path(source))
+    made = ops.plan(file, _with_format(target, output, options))
+    if made.losses and not options.allow_loss:
+        raise LossyConversion(_told(made), path=source, hint="choose another layout, or accept it with --allow-loss")
+    if options.dry_run:
+        return Converted(made, None, made.bytes_out)
+    if options.in_place:
+        return Converted(made, Path(source), execute_in_place(made, file))
+    if output is None:
+        raise UsageProblem("no output is named", hint="give -o OUT or --out-dir DIR")
+    size = execute(made, Path(output), force=options.force, progress=progress)
+    verdict = compare(file, open_file(Path(output)), target.family) if options.verify else None
+    _record(made, Path(output), options.library)
+    return Converted(made, Path(output), size, verdict)
+
+
+def _with_format(target: Target, output: str | Path | None, options: Options) -> Target:
+    if target.format is not None or output is None or options.in_place:
+        return target
+    suffix = Path(output).suffix.lower()
+    return Target(SUFFIXES.get(suffix), target.layout, target.dtype, target.family, target.component)
+
+
+def _told(made: Plan) -> str:
+    first = made.losses[0]
+    more = f" (and {len(made.losses) - 1} more)" if len(made.losses) > 1 else ""
+    return f"this conversion would lose {first.what}: {first.reason}{more}"
+
+
+def _record(made: Plan, output: Path, library: str | None) -> None:
+    from hubtool.actions.library import record_conversion
+
+    params = {"layout": made.layout, "format": made.format, "fidelity": made.fidelity}
+    record_conversion(library, output, [made.source], "convert", params)

@@ -1,0 +1,123 @@
+"""Where the library is, how it is opened, and how an operation's output gets its lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubtool.registry import browse, settings
+from hubtool.registry.fast import FastReader
+from hubtool.registry.records import Reader
+from hubtool.registry.text import raw_path
+
+if TYPE_CHECKING:
+    from hubtool.registry.lineage import Parent
+    from hubtool.registry.store import Store
+
+_CHUNK = 1 << 20
+
+
+def default_target(library: str | None = None) -> str:
+    """The library meant by ``--library``, else by HUBTOOL_LIBRARY, else the one in the user's data folder."""
+    if named := library or os.environ.get("HUBTOOL_LIBRARY"):
+        return named
+    from platformdirs import user_data_path
+
+    return str(user_data_path("hubtool") / "library.sqlite3")
+
+
+def open_store(library: str | None = None) -> Store:
+    """Open for writing; a library that does not exist yet is made. Raises SchemaOutdated, LibraryLocked."""
+    from hubtool.registry.store import Store
+
+    return Store.open(default_target(library))
+
+
+@contextmanager
+def reading(library: str | None = None) -> Iterator[Reader]:
+    """Open for reading: with ``sqlite3`` alone where the library is a file (no SQLAlchemy: ``ls`` starts 0.2 s sooner)."""
+    target = default_target(library)
+    path = settings.sqlite_path(target)
+    if path is None:
+        with open_store(target) as store:
+            yield store
+        return
+    if not path.exists():
+        open_store(target).close()
+    with FastReader(path) as reader:
+        yield reader
+
+
+def record_conversion(
+    library: str | None,
+    output: str | Path,
+    parents: Sequence[str | Path],
+    op: str,
+    params: Mapping[str, Any] | None = None,
+) -> str | None:
+    """``record_output`` for a caller that has no open library. A library that does not exist is not made, an unconcerned one not written."""
+    target = default_target(library)
+    path = settings.sqlite_path(target)
+    if path is not None and not path.exists():
+        return None
+    with reading(target) as reader:
+        known = any(browse.at_path(reader, raw_path(os.path.abspath(parent))) for parent in parents)
+    if not known:
+        return None
+    with open_store(target) as store:
+        return record_output(store, output, parents, op, params)
+
+
+def record_output(
+    store: Store, output: str | Path, parents: Sequence[str | Path], op: str, params: Mapping[str, Any] | None = None,
+    *, strengths: Sequence[float | None] = (),
+) -> str | None:  # fmt: skip
+    """Record that ``output`` was made from ``parents`` by ``op`` (``convert``, ``merge``, ``extract`` ...); the id of the output.
+
+    Does nothing and returns None when none of the parents is in the library. The output is indexed and hashed if it is not yet;
+    parents that the library does not know are named by their SHA256.
+    """
+    from hubtool.actions.scan import scan
+    from hubtool.registry import lineage
+
+    found = [browse.at_path(store, raw_path(os.path.abspath(parent))) for parent in parents]
+    if not any(found):
+        return None
+    scan(store, [os.fspath(output)])
+    child = browse.at_path(store, raw_path(os.path.abspath(output)))
+    if child is None:
+        return None
+    given = [*strengths, *[None] * (len(parents) - len(strengths))]
+    edges = [
+        _parent(store, place.artifact_id if place else None, path, strength)
+        for path, place, strength in zip(parents, found, given, strict=True)
+    ]
+    lineage.record(store, child.artifact_id, edges, op, params or {}, _tool())
+    return browse.by_key(store, child.artifact_id).id
+
+
+def _parent(store: Store, key: int | None, path: str | Path, strength: float | None) -> Parent:
+    from hubtool.registry.lineage import Parent
+
+    known = browse.by_key(store, key).sha256 if key is not None else None
+    return Parent(known or _sha256(path) or os.path.abspath(path), key, strength)
+
+
+def _sha256(path: str | Path) -> str | None:
+    if not os.path.isfile(path):
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tool() -> str:
+    from hubtool import __version__
+
+    return f"hubtool {__version__}"

@@ -1,0 +1,103 @@
+"""Full hashes behind the scan: small files first, each committed on its own, so that Ctrl-C costs one file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from hubtool.actions.scan_record import stat_now
+from hubtool.errors import FileMissing, HubtoolError
+from hubtool.formats.base import TensorFile
+from hubtool.registry import hashing
+from hubtool.registry.columns import signed
+from hubtool.registry.records import FileStat, HashResult, Place
+from hubtool.registry.store import Store
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """What came of hashing one place: a result, or why there is none."""
+
+    place: Place
+    result: HashResult | None = None
+    problem: str | None = None
+
+
+def hash_queued(store: Store, workers: int, advance: Callable[[int], None]) -> Iterator[Hashed]:
+    """Hash every location that waits for it; each result is in the library before it is yielded."""
+    after = (-1, 0)
+    pool = ThreadPoolExecutor(workers, "hash")
+    try:
+        while page := hashing.queue(store, after, limit=16 * workers):
+            after = (page[-1].size, page[-1].id)
+            for done in pool.map(hash_place, page):
+                advance(done.place.size)
+                if done.result is not None and hashing.record(store, done.result) is None:
+                    yield Hashed(done.place, problem="changed while it was hashed; the next scan tries again")
+                else:
+                    yield done
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def hash_place(place: Place) -> Hashed:
+    """Hash one location. A file that changes meanwhile has no hash."""
+    before = stat_now(place.raw)
+    if before is None:
+        return Hashed(place, problem="vanished before it was hashed")
+    try:
+        hashes, content = compute(place)
+    except (HubtoolError, OSError) as error:
+        return Hashed(place, problem=str(error))
+    now = stat_now(place.raw)
+    if now is None or not now.same(before):
+        return Hashed(place, problem="is changing; skipped")
+    return Hashed(place, HashResult(place.id, _kept(before), hashes, content))
+
+
+def _kept(stat: FileStat) -> FileStat:
+    return signed(stat)
+
+
+def compute(place: Place) -> tuple[dict[str, str], str | None]:
+    """(hashes by name, content_id) of what lies at a place. A folder or sharded file has ``tree_sha256`` instead of ``sha256``.
+
+    Raises FileError and OSError.
+    """
+    from hubtool.formats import open_file
+    from hubtool.layouts.content import content_id
+    from hubtool.tensors.hashing import hash_file
+
+    file = open_file(place.path)
+    many = place.link == "folder" or place.path.endswith(".index.json")
+    hashes = {"tree_sha256": _tree(place, file)} if many else hash_file(place.path)
+    return dict(hashes), content_id(file)
+
+
+def _tree(place: Place, file: TensorFile) -> str:
+    """SHA256 over the lines ``<sha256>  <relative name>`` of every file read, sorted by name."""
+    if not file.files:
+        raise FileMissing("nothing in it can be hashed", path=place.path)
+    base = place.raw if place.link == "folder" else os.path.dirname(place.raw)
+    digest = hashlib.sha256()
+    for path in sorted(os.fsencode(path) for path in file.files):
+        digest.update(_sha256(path).encode() + b"  " + os.path.relpath(path, base) + b"\n")
+    return digest.hexdigest()
+
+
+def _sha256(path: bytes) -> str:
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        offset = 0
+        while chunk := os.pread(fd, _CHUNK, offset):
+            digest.update(chunk)
+            offset += len(chunk)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What an adapter is: the IR, its kinds and the algebra."""

@@ -1,0 +1,70 @@
+"""Show where hubtool keeps its things, and which extras are installed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+from platformdirs import user_cache_path, user_data_path
+
+from hubtool import __version__
+from hubtool.cli.commands.version import installed
+from hubtool.cli.context import State, json_option, pass_state
+from hubtool.cli.output import print_json, show, table
+
+_EXTRAS = {"torch": "torch", "diffusers": "diffusers", "hub": "huggingface_hub", "hash": "blake3"}
+
+
+@click.group()
+def command() -> None:
+    """Show where hubtool keeps its things, and which extras are installed."""
+
+
+@command.command("path")
+@pass_state
+def path(state: State) -> None:
+    """Print where the library is."""
+    show(library(state)[0])
+
+
+@command.command("list")
+@json_option
+@pass_state
+def list_(state: State, as_json: bool) -> None:
+    """Print every setting with its origin."""
+    doc = settings(state)
+    if as_json:
+        print_json(doc)
+        return
+    rows = [(name, str(value)) for name, value in doc.items() if name != "extras"]
+    rows += [(f"extra {name}", found or "not installed") for name, found in doc["extras"].items()]
+    show(table(rows))
+
+
+def settings(state: State) -> dict[str, Any]:
+    """The settings in force."""
+    place, origin = library(state)
+    return {
+        "version": __version__,
+        "library": place,
+        "library_from": origin,
+        "data": str(user_data_path("hubtool")),
+        "cache": str(user_cache_path("hubtool")),
+        "extras": {extra: installed(package) for extra, package in _EXTRAS.items()},
+    }
+
+
+def library(state: State) -> tuple[str, str]:
+    """Path or URL of the library (a password in it is hidden), and what set it."""
+    if state.library:
+        return _without_password(state.library), "--library"
+    if os.environ.get("HUBTOOL_LIBRARY"):
+        return _without_password(os.environ["HUBTOOL_LIBRARY"]), "HUBTOOL_LIBRARY"
+    return str(user_data_path("hubtool") / "library.sqlite3"), "default"
+
+
+def _without_password(place: str) -> str:
+    scheme, mark, rest = place.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{mark}{user.partition(':')[0]}:***@{host}" if at and ":" in user else place

@@ -1,0 +1,50 @@
+"""Index folders and files: what is new, changed, moved or gone; hashes follow."""
+
+from __future__ import annotations
+
+import click
+
+from hubtool.cli.context import State, json_option, pass_state
+from hubtool.cli.output import print_json, progress, say, show
+from hubtool.errors import PartialFailure
+
+_MOST_PROBLEMS = 20
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1)
+@click.option("--workers", type=click.IntRange(1, 64), help="Threads for reading and hashing.")
+@click.option("--no-hash", is_flag=True, help="Read headers only; a later scan computes the hashes.")
+@click.option(
+    "--accept-missing", is_flag=True, help="Believe that most files of a folder are gone, not that its disk is offline."
+)
+@json_option
+@pass_state
+def command(
+    state: State, paths: tuple[str, ...], workers: int | None, no_hash: bool, accept_missing: bool, as_json: bool
+) -> None:
+    """Bring the library up to date with PATH..., or with every folder scanned before.
+
+    Nothing is written into the folders. Interrupt it at any time: the next scan goes on.
+    """
+    from hubtool.actions.library import open_store
+    from hubtool.actions.scan import scan
+
+    with open_store(state.library) as store:
+        result = scan(
+            store, paths, hashes=not no_hash, workers=workers, accept_missing=accept_missing, progress=progress
+        )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        names = ("added", "changed", "moved", "missing", "unchanged")
+        counts = [f"{name} {getattr(result, name)}" for name in names]
+        show("  ".join([*counts, f"problems {len(result.problems)}"]))
+        for problem in result.problems[:_MOST_PROBLEMS]:
+            say(f"{problem['path']}: {problem['message']}")
+        if len(result.problems) > _MOST_PROBLEMS:
+            say(f"... and {len(result.problems) - _MOST_PROBLEMS} more: hubtool ls is:corrupt")
+        for root in result.offline:
+            say(f"{root} is offline: its files stay in the library (if they are really gone: --accept-missing)")
+    if result.failed:
+        raise PartialFailure(f"cannot be read: {', '.join(result.failed)}")

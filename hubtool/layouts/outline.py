@@ -1,0 +1,172 @@
+"""The names of an adapter file without its numbers: which syntax, which families, which key is which role of which module.
+
+No tensor is read here, so that a header kept from another time (a receipt) can be outlined like a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hubtool.adapters.ir import ModuleKey
+from hubtool.errors import CorruptFile
+from hubtool.layouts import detect, keys, modules, positional, tables
+from hubtool.layouts.detect import Match
+from hubtool.layouts.keys import BUNDLE, Reading
+from hubtool.layouts.modules import Draft
+from hubtool.layouts.tables import Layout, Syntax
+from hubtool.tensors.ref import TensorRef
+
+RAW = "raw"  # the naming of modules no vocabulary knows
+_LEAST_SHARE = 0.5  # of a component's modules that a family must know by name
+_MOST_CONTRADICTIONS = 0.02  # of the shapes checked
+
+RoleKey = tuple[str, str, str]  # component, canonical path, role
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """``modules``: canonical (component, path) -> roles and keys. ``unnamed``: modules outside the family's vocabulary. ``spare``: other keys."""
+
+    syntax: Syntax
+    layout: Layout
+    family: str | None
+    candidates: tuple[str, ...]
+    modules: Mapping[ModuleKey, Draft]
+    unnamed: tuple[str, ...]
+    spare: tuple[str, ...]
+    evidence: tuple[str, ...]
+    contradictions: tuple[str, ...] = ()
+    checked: int = 0
+
+    def keys(self) -> dict[RoleKey, str]:
+        """(component, path, role) -> key."""
+        return {(c, p, role): key for (c, p), draft in self.modules.items() for role, key in draft.keys.items()}
+
+
+def outline(
+    tensors: Mapping[str, TensorRef], path: Path, *, structure: object = None, family: str | None = None
+) -> Outline | None:
+    """Outline a set of tensors; None when no syntax explains any. Raises ``CorruptFile`` for keys that contradict each other."""
+    placed = positional.read(structure, tensors)
+    if placed is not None:
+        return _from_positions(placed, family)
+    readings = keys.read(tensors)
+    return _from_names(tensors, path, readings[0], family) if readings else None
+
+
+def _from_names(tensors: Mapping[str, TensorRef], path: Path, reading: Reading, family: str | None) -> Outline:
+    _refuse_mixture(path, reading)
+    drafts = modules.group(reading.spelled, tensors, path)
+    found = _families(reading.syntax, drafts, family)
+    best = found[0] if found else None
+    named, unnamed = _place(drafts, best, path)
+    settled, candidates, evidence = _verdict(found)
+    return Outline(
+        syntax=reading.syntax,
+        layout=Layout(reading.syntax.id, _naming(best)),
+        family=settled,
+        candidates=candidates,
+        modules=named,
+        unnamed=tuple(unnamed) if best else (),
+        spare=tuple(key for key in reading.others if not key.startswith(BUNDLE)),
+        evidence=evidence,
+        contradictions=best.contradictions if best else (),
+        checked=best.checked if best else 0,
+    )
+
+
+def _refuse_mixture(path: Path, reading: Reading) -> None:
+    mixed = keys.foreign(reading)
+    if mixed:
+        other, count = mixed.most_common(1)[0]
+        text = f"{len(reading.spelled)} tensors are spelled as {reading.syntax.id} and {count} as {other}"
+        raise CorruptFile(f"{text}: tools would load different parts of this file", path=path)
+
+
+def _families(syntax: Syntax, drafts: list[Draft], asked: str | None) -> tuple[Match, ...]:
+    """Families whose vocabulary covers every component well, the prefix being theirs."""
+    matches = detect.match([draft.module() for draft in drafts], syntax.joiner, asked)
+    return tuple(m for m in matches if _covers(m, drafts) and _plausible(m, drafts) and _own_prefix(m, syntax, drafts))
+
+
+def _plausible(found: Match, drafts: list[Draft]) -> bool:
+    """Shapes may all be strange (a base of reduced width) or some names unknown; both together are another family."""
+    strange = len(found.contradictions) > _MOST_CONTRADICTIONS * found.checked
+    return not (strange and len(found.found) < len(drafts))
+
+
+def _covers(found: Match, drafts: list[Draft]) -> bool:
+    total = Counter(draft.components for draft in drafts)
+    hits = Counter(components for components, _ in found.found)
+    return all(hits[components] >= _LEAST_SHARE * count for components, count in total.items())
+
+
+def _own_prefix(found: Match, syntax: Syntax, drafts: list[Draft]) -> bool:
+    """Where a family has a prefix of its own for a component (lora_te1 for SDXL), files of the family use it."""
+    own = tables.family(found.family).prefixes.get(syntax.id, {})
+    for draft in drafts:
+        component = draft.components[0]
+        if component in own and len(draft.components) == 1:
+            key = next(iter(draft.keys.values()))
+            if not key.startswith(own[component] + syntax.joiner):
+                return False
+    return True
+
+
+def _place(drafts: list[Draft], found: Match | None, path: Path) -> tuple[dict[ModuleKey, Draft], list[str]]:
+    """Modules by canonical path, and those that the family does not know (they keep the path they were spelled with)."""
+    placed: dict[ModuleKey, Draft] = {}
+    unnamed = []
+    for draft in drafts:
+        hit = found.found.get((draft.components, draft.stem)) if found else None
+        key = (hit[0], hit[2]) if hit else (_only(draft.components), draft.stem)
+        if not hit:
+            unnamed.append(".".join(key))
+        if key in placed:
+            first, second = (next(iter(d.keys.values())) for d in (placed[key], draft))
+            raise CorruptFile(f"{first} and {second} are the same module {'.'.join(key)}", path=path)
+        placed[key] = draft
+    return placed, unnamed
+
+
+def _only(components: tuple[str, ...]) -> str:
+    return "model" if components == ("*",) else components[0]
+
+
+def _naming(found: Match | None) -> str:
+    """The naming most modules outside the text encoders use (text encoders have only one)."""
+    if found is None:
+        return RAW
+    count = Counter(naming for component, naming, _ in found.found.values() if not component.startswith("text_encoder"))
+    return count.most_common(1)[0][0] if count else "diffusers"
+
+
+def _verdict(found: tuple[Match, ...]) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """(family, candidates, evidence sentences)."""
+    if not found:
+        return None, (), ("no family's module names cover this file",)
+    candidates = tuple(one.family for one in found)
+    best = found[0]
+    evidence = [f"{len(best.found)} module names are those of {', '.join(candidates)}"]
+    if best.checked:
+        evidence.append(f"{best.checked - len(best.contradictions)} of {best.checked} weight shapes agree")
+    settled = len(candidates) == 1 and len(best.contradictions) <= _MOST_CONTRADICTIONS * best.checked
+    return (candidates[0] if settled else None), candidates, tuple(evidence)
+
+
+def _from_positions(placed: positional.Placed, asked: str | None) -> Outline:
+    candidates = tuple(name for name in placed.families if asked in (None, name))
+    text = f"{len(placed.drafts)} positions agree in shape with the walk of {', '.join(candidates) or 'no known family'}"
+    return Outline(
+        syntax=placed.syntax,
+        layout=Layout(placed.syntax.id, "index"),
+        family=candidates[0] if len(candidates) == 1 else None,
+        candidates=candidates,
+        modules=placed.drafts,
+        unnamed=placed.unplaced,
+        spare=placed.others,
+        evidence=(text,),
+    )

@@ -1,0 +1,168 @@
+"""File -> Adapter: a patch for every module; every tensor is consumed, kept as an extra, or the file is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
+from hubtool.adapters.low_rank import LowRank
+from hubtool.adapters.token_embeddings import parse_bundle
+from hubtool.errors import CorruptFile, RecognitionError
+from hubtool.formats.base import TensorFile
+from hubtool.layouts import modules, peft_config
+from hubtool.layouts.keys import BUNDLE
+from hubtool.layouts.outline import Outline, RoleKey, outline
+from hubtool.layouts.peft_config import PeftConfig
+from hubtool.layouts.tables import Layout, Syntax
+from hubtool.layouts.unwrap import unwrapped
+from hubtool.tensors.dtypes import numel
+from hubtool.tensors.expr import Read
+from hubtool.tensors.ref import TensorRef
+from hubtool.types import Finding
+
+_LARGEST_ALPHA = 2e10  # ai-toolkit writes 9999999999 into full-matrix LoKr modules
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """An adapter, and how its file spelled it. ``candidates``: every family that fits; ``keys``: (component, path, role) -> key."""
+
+    adapter: Adapter
+    syntax: Syntax
+    layout: Layout
+    candidates: tuple[str, ...]
+    keys: Mapping[RoleKey, str]
+    evidence: tuple[str, ...]
+
+
+def parse(file: TensorFile, family: str | None = None) -> Adapter:
+    """The adapter in ``file``. ``family`` settles an ambiguous one. Raises ``RecognitionError`` when the file holds no adapter."""
+    return parse_file(file, family).adapter
+
+
+def parse_file(file: TensorFile, family: str | None = None) -> Parsed:
+    """As ``parse``, with the layout, the candidates and the keys."""
+    found = recognise(file, family)
+    if found is None:
+        raise RecognitionError("no adapter layout explains this file", path=file.path, hint=f"hubtool explain {file.path}")
+    return found
+
+
+def recognise(file: TensorFile, family: str | None = None) -> Parsed | None:
+    """As ``parse_file``, None for a file without adapter tensors. Raises ``CorruptFile`` for a broken adapter."""
+    tensors, notes = unwrapped(file)
+    shape = outline(tensors, file.path, structure=file.structure, family=family)
+    if shape is None:
+        return None
+    if file.structure is not None:
+        modules.pickled_alphas(file, shape.modules.values())
+    patches, orphans = _patches(file, shape)
+    embeddings, spare = _embeddings(file, tensors, shape)
+    spare += orphans
+    _refuse_exchanged(file, shape, patches)
+    findings = [*notes, *_findings(file, shape, patches, spare)]
+    adapter = Adapter(
+        family=shape.family,
+        patches=MappingProxyType(patches),
+        embeddings=embeddings,
+        extras=MappingProxyType({key: tensors[key] for key in spare if key in tensors}),
+        metadata=file.metadata,
+        findings=tuple(findings),
+    )
+    keys = {row: key for row, key in shape.keys().items() if row[:2] in patches}
+    return Parsed(adapter, shape.syntax, shape.layout, shape.candidates, MappingProxyType(keys), shape.evidence)
+
+
+def _patches(file: TensorFile, shape: Outline) -> tuple[dict[ModuleKey, Patch], list[str]]:
+    """(patches, keys that belong to no complete module)."""
+    values = modules.alphas(shape.modules.values(), file.path)
+    configs: dict[str, PeftConfig] = {}
+    patches: dict[ModuleKey, Patch] = {}
+    orphans: list[str] = []
+    for (component, path), draft in shape.modules.items():
+        algorithm = modules.algorithm_of(draft.tensors, draft.stem, file.path)
+        if algorithm is None:
+            orphans += draft.keys.values()
+            continue
+        patch = modules.build(draft, algorithm, values.get(draft.keys.get("alpha", "")), file.path)
+        if isinstance(patch, LowRank) and shape.syntax.alpha in ("metadata", "config"):
+            config = configs.setdefault(component, _config(file, shape.syntax, component))
+            patch = _scaled(patch, config, path)
+        patches[component, path] = patch
+    return patches, orphans
+
+
+def _config(file: TensorFile, syntax: Syntax, component: str) -> PeftConfig:
+    if syntax.alpha == "config":
+        return peft_config.from_dict(file.config.get("adapter_config.json", {}))
+    return peft_config.of_component(file.metadata, component)
+
+
+def _scaled(patch: LowRank, config: PeftConfig, path: str) -> LowRank:
+    """A tensor's own alpha wins over the configuration."""
+    if patch.alpha_value is not None:
+        return patch
+    alpha = config.alpha_of(path)
+    return replace(patch, alpha_value=alpha, rank_stabilised=config.rank_stabilised and alpha is not None)
+
+
+def _embeddings(
+    file: TensorFile, tensors: Mapping[str, TensorRef], shape: Outline
+) -> tuple[tuple[Embedding, ...], list[str]]:
+    """(token vectors, keys that are neither a module's nor a token's)."""
+    tokens = [key for key in shape.spare if shape.syntax.positional and _is_token(key, tensors[key], file.metadata)]
+    found = tuple(Embedding(key, "text_encoder", Read(tensors[key])) for key in tokens)
+    bundled = parse_bundle({key: ref for key, ref in tensors.items() if key.startswith(BUNDLE)})
+    return found + bundled, [key for key in shape.spare if key not in tokens]
+
+
+def _is_token(key: str, ref: TensorRef, metadata: Mapping[str, str]) -> bool:
+    bracketed = key.startswith("<") and key.endswith(">")
+    return (metadata.get(key) == "<embed>" or bracketed) and len(ref.shape) in (1, 2)
+
+
+def _refuse_exchanged(file: TensorFile, shape: Outline, patches: Mapping[ModuleKey, Patch]) -> None:
+    """up and down exchanged: the rank exceeds both sides, and no vocabulary vouches for the weight's shape."""
+    if shape.candidates and not shape.contradictions:
+        return
+    for key, patch in patches.items():
+        if isinstance(patch, LowRank):
+            out, *inner = patch.weight_shape
+            if patch.rank > out and patch.rank > numel(inner):
+                text = f"{'.'.join(key)}: the rank exceeds both sides of the weight; up and down look exchanged"
+                raise CorruptFile(text, path=file.path)
+
+
+def _findings(
+    file: TensorFile, shape: Outline, patches: Mapping[ModuleKey, Patch], spare: list[str]
+) -> Iterable[Finding]:
+    yield from _alpha_findings(patches)
+    small = {t.dtype for patch in patches.values() for _, t in patch.roles() if t.dtype.startswith(("F8", "F4", "F6"))}
+    if small:
+        text = f"factors are stored as {', '.join(sorted(small))}: cast before doing maths"
+        yield Finding("small-floats", "warning", text)
+    if shape.syntax.alpha in ("metadata", "config"):
+        for component in dict.fromkeys(component for component, _ in patches):
+            yield from _config(file, shape.syntax, component).findings
+    if spare:
+        yield Finding("unknown-keys", "warning", f"{len(spare)} tensors belong to no module, first {spare[0]}")
+    if shape.unnamed:
+        text = f"{len(shape.unnamed)} modules are not in the family's vocabulary, first {shape.unnamed[0]}"
+        yield Finding("unknown-module", "warning", text)
+    if shape.contradictions:
+        text = f"{len(shape.contradictions)} of {shape.checked} weight shapes fit no known base, first {shape.contradictions[0]}"
+        yield Finding("shapes-unknown", "warning", text)
+
+
+def _alpha_findings(patches: Mapping[ModuleKey, Patch]) -> Iterable[Finding]:
+    values = [patch.alpha_value for patch in patches.values() if patch.alpha_value is not None]
+    checks = (
+        ("alpha-zero", [v for v in values if v == 0], "modules have alpha 0: they change nothing"),
+        ("alpha-negative", [v for v in values if v < 0], "modules have a negative alpha: their effect is inverted"),
+        ("alpha-absurd", [v for v in values if abs(v) > _LARGEST_ALPHA], "modules have an alpha beyond any sense"),
+    )
+    for code, hits, text in checks:
+        if hits:
+            yield Finding(code, "warning", f"{len(hits)} {text}")

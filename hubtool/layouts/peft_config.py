@@ -1,0 +1,116 @@
+"""PEFT's LoRA configuration: read from ``adapter_config.json`` or diffusers' ``lora_adapter_metadata``, and written for both.
+
+Scales live nowhere else in these layouts. Pattern keys are regular expressions in PEFT (``(.*\\.)?KEY$``); only literal ones are
+honoured here (an untrusted expression is not run), others are reported. Source: peft.utils.other.get_pattern_key, diffusers #11324.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hubtool.adapters.low_rank import LowRank
+from hubtool.types import Finding
+
+KEY = "lora_adapter_metadata"
+_LITERAL = re.compile(r"\^?[\w.\-\\]+")
+_OPTIONAL_HEAD = "text_model."
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """What one component's configuration says about scales. ``alpha`` None: the file says nothing, alpha = rank."""
+
+    alpha: float | None = None
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+    findings: tuple[Finding, ...] = ()
+
+    def alpha_of(self, path: str) -> float | None:
+        """The module's alpha: the longest pattern that ends its path, else the default."""
+        parts = path.split(".")
+        for i in range(len(parts)):
+            value = self.alpha_pattern.get(".".join(parts[i:]))
+            if value is not None:
+                return value
+        return self.alpha
+
+
+def of_component(metadata: Mapping[str, str], component: str) -> PeftConfig:
+    """The configuration of one component in a file's ``lora_adapter_metadata``; empty when there is none or it cannot be read."""
+    document = _document(metadata.get(KEY))
+    head = component + "."
+    return from_dict({key[len(head) :]: value for key, value in document.items() if key.startswith(head)})
+
+
+def _document(text: str | None) -> Mapping[str, Any]:
+    if text is None:
+        return {}
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def from_dict(config: Mapping[str, Any]) -> PeftConfig:
+    """Read ``adapter_config.json`` or one component's part of the metadata. Values of the wrong type count as absent."""
+    alpha = _number(config.get("lora_alpha"))
+    pattern = config.get("alpha_pattern")
+    pattern = pattern if isinstance(pattern, dict) else {}
+    literal = {k: v for k, v in pattern.items() if _LITERAL.fullmatch(k) and _number(v) is not None}
+    odd = [key for key in pattern if key not in literal]
+    findings = [Finding("alpha-pattern", "error", f"alpha_pattern key {key!r} is no literal module name") for key in odd[:3]]
+    plain = {key.removeprefix("^").replace("\\", ""): float(value) for key, value in literal.items()}
+    return PeftConfig(alpha, plain, config.get("use_rslora") is True, tuple(findings))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def build(patches: Mapping[str, LowRank], *, text_encoder: bool) -> dict[str, Any]:
+    """The LoraConfig fields that give every module its own rank and scale. ``patches``: canonical path -> factors.
+
+    Text-encoder names lose ``text_model.``, so that the patterns match both generations of transformers.
+    """
+    named = {_short(path) if text_encoder else path: patch for path, patch in patches.items()}
+    rank = _commonest(patch.rank for patch in named.values())
+    alphas = {path: _plain(patch) for path, patch in named.items()}
+    alpha = _commonest(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: patch.rank for path, patch in named.items() if patch.rank != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "target_modules": sorted(named),
+        "use_dora": any(patch.dora_scale is not None for patch in named.values()),
+        "use_rslora": any(patch.rank_stabilised for patch in named.values()),
+        "lora_bias": any(patch.bias is not None for patch in named.values()),
+    }
+
+
+def _short(path: str) -> str:
+    return path.removeprefix(_OPTIONAL_HEAD)
+
+
+def _plain(patch: LowRank) -> float:
+    alpha = patch.rank if patch.alpha_value is None else patch.alpha_value
+    return int(alpha) if float(alpha).is_integer() and abs(alpha) < 2**53 else alpha
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def anchored(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with ``^`` before pattern keys that would also match a longer module name of the same adapter."""
+    names = config["target_modules"]
+    shadowed = {name for name in names for other in names if other.endswith("." + name)} if len(names) < 3000 else set(names)
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = {(f"^{path}" if path in shadowed else path): value for path, value in config[key].items()}
+    return config

@@ -1,0 +1,259 @@
+"""Loads ``schemas/families``, ``schemas/syntaxes`` and ``schemas/algorithms.toml`` into read-only tables, checking each as it is compiled."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hubtool import resources
+from hubtool.errors import TableError, UnknownFamily, UnknownLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How one outside vocabulary calls the modules of a component. ``blocks``: (outside, canonical, leaves or None for "same below")."""
+
+    id: str
+    component: str
+    rows: Mapping[str, str]
+    blocks: tuple[tuple[str, str, Mapping[str, str] | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family. ``usual``: syntax -> the naming it uses when none is asked for."""
+
+    id: str
+    title: str
+    base_model: str
+    claims: tuple[str, ...]
+    usual: Mapping[str, str]
+    prefixes: Mapping[str, Mapping[str, str]]
+    namings: Mapping[str, Naming]
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Positions of a positional syntax: ``paths[i]`` is the canonical module at index i."""
+
+    component: str
+    families: tuple[str, ...]
+    paths: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """How a module path and a role become a key.
+
+    ``prefixes``: component -> spellings, the written one first (``"*"`` stands for a single unnamed component).
+    ``roles``: component or ``"*"`` -> role -> suffixes, the written one first. ``tails``: (module tail, spelling) pairs for syntaxes whose
+    suffix swallows the end of the module path. ``alpha``: where scales live: ``tensor``, ``metadata``, ``config`` or ``none``.
+    """
+
+    id: str
+    title: str
+    short: tuple[str, ...]
+    joiner: str
+    alpha: str
+    container: str
+    namings: tuple[str, ...]
+    prefixes: Mapping[str, tuple[str, ...]]
+    roles: Mapping[str, Mapping[str, tuple[str, ...]]]
+    tails: tuple[tuple[str, str], ...]
+    walks: tuple[Walk, ...]
+    positional: bool
+    single_component: bool
+    flat_magnitude: bool
+
+    def roles_of(self, component: str) -> Mapping[str, tuple[str, ...]]:
+        return self.roles.get(component, self.roles["*"])
+
+    def allows(self, naming: str) -> bool:
+        return "*" in self.namings or naming in self.namings or ("native" in self.namings and naming != "diffusers")
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """The complete sets of roles that make one algorithm, and the roles that may accompany them."""
+
+    id: str
+    title: str
+    sets: tuple[frozenset[str], ...]
+    optional: frozenset[str]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise TableError(f"{path.name}: {error}", path=path) from error
+
+
+@cache
+def family_ids() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in (resources.schemas() / "families").glob("*.toml")))
+
+
+@cache
+def family(name: str) -> Family:
+    """The compiled family table. Raises ``UnknownFamily``."""
+    if name not in family_ids():
+        raise UnknownFamily(f"there is no family {name!r}", hint=f"known families: {', '.join(family_ids())}")
+    doc = _read(resources.schemas() / "families" / f"{name}.toml")
+    head = doc["family"]
+    namings = {key: _naming(key, body) for key, body in doc.get("naming", {}).items()}
+    return Family(
+        id=head["id"],
+        title=head["title"],
+        base_model=head["base_model"],
+        claims=tuple(head["claims"]),
+        usual=MappingProxyType(doc.get("usual", {})),
+        prefixes=MappingProxyType({k: MappingProxyType(v) for k, v in doc.get("prefixes", {}).items()}),
+        namings=MappingProxyType(namings),
+    )
+
+
+def _naming(name: str, body: Mapping[str, Any]) -> Naming:
+    blocks = tuple(
+        (outside, canonical, None if block["leaves"] == "*" else MappingProxyType(block["leaves"]))
+        for block in body.get("blocks", ())
+        for outside, canonical in block["pairs"]
+    )
+    rows = body.get("rows", {})
+    _check_injective(name, [*rows.values()], "a canonical module has two rows")
+    _check_injective(name, [canonical for _, canonical, _ in blocks], "a canonical block has two rows")
+    return Naming(name, body["component"], MappingProxyType(rows), blocks)
+
+
+def _check_injective(name: str, values: list[str], why: str) -> None:
+    twice = {value for value in values if values.count(value) > 1}
+    if twice:
+        raise TableError(f"naming {name}: {why}: {sorted(twice)[0]}")
+
+
+@cache
+def syntaxes() -> Mapping[str, Syntax]:
+    """All syntaxes by id, in file order."""
+    docs = {doc["syntax"]["id"]: doc for doc in map(_read, sorted((resources.schemas() / "syntaxes").glob("*.toml")))}
+    return MappingProxyType({name: _syntax(doc, docs) for name, doc in docs.items()})
+
+
+def _syntax(doc: Mapping[str, Any], docs: Mapping[str, Mapping[str, Any]]) -> Syntax:
+    head = doc["syntax"]
+    walks = docs[head["walks_of"]]["walks"] if "walks_of" in head else doc.get("walks", ())
+    namings = head["namings"]
+    return Syntax(
+        id=head["id"],
+        title=head["title"],
+        short=tuple(head["short"]),
+        joiner=head["joiner"],
+        alpha=head["alpha"],
+        container=head["container"],
+        namings=(namings,) if isinstance(namings, str) else tuple(namings),
+        prefixes=MappingProxyType({key: tuple(value) for key, value in doc["prefixes"].items()}),
+        roles=_roles(doc, lycoris=head.get("lycoris", False)),
+        tails=tuple((row["module"], row["text"]) for row in doc.get("tails", ())),
+        walks=tuple(map(_walk, walks)),
+        positional=head.get("positional", False),
+        single_component=head.get("single_component", False),
+        flat_magnitude=head.get("one_dimensional_magnitude", False),
+    )
+
+
+def _roles(doc: Mapping[str, Any], *, lycoris: bool) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    common = {role: (text,) for role, text in _algorithm_file()["suffixes"].items()} if lycoris else {}
+    tables = {"*": doc["roles"], **doc.get("roles_of", {})}
+    return MappingProxyType(
+        {who: MappingProxyType(common | {role: tuple(texts) for role, texts in roles.items()}) for who, roles in tables.items()}
+    )
+
+
+def _walk(row: Mapping[str, Any]) -> Walk:
+    paths = tuple(f"{block}.{leaf}" for text in row["blocks"] for block in _expand(text) for leaf in row["leaves"])
+    return Walk(row["component"], tuple(row["families"]), paths, tuple(row["classes"]))
+
+
+def _expand(text: str) -> Iterator[str]:
+    """``a.{0..2}.b`` -> a.0.b, a.1.b, a.2.b."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if not found:
+        yield text
+        return
+    for i in range(int(found[1]), int(found[2]) + 1):
+        yield text[: found.start()] + str(i) + text[found.end() :]
+
+
+@cache
+def _algorithm_file() -> dict[str, Any]:
+    return _read(resources.schemas() / "algorithms.toml")
+
+
+@cache
+def algorithms() -> tuple[Algorithm, ...]:
+    return tuple(
+        Algorithm(row["id"], row["title"], tuple(map(frozenset, row["sets"])), frozenset(row["optional"]))
+        for row in _algorithm_file()["algorithm"]
+    )
+
+
+@cache
+def suffixes() -> Mapping[str, tuple[tuple[str, str, str, str], ...]]:
+    """suffix text -> ((syntax id, component or ``"*"``, role, module tail), ...) over all named syntaxes."""
+    table: dict[str, dict[tuple[str, str, str, str], None]] = {}
+    for syntax in syntaxes().values():
+        if syntax.positional:
+            continue
+        for who, roles in syntax.roles.items():
+            for role, texts in roles.items():
+                for tail, stem in syntax.tails or (("", ""),):
+                    for text in texts:
+                        table.setdefault(f"{stem}.{text}" if stem else text, {})[(syntax.id, who, role, tail)] = None
+    return MappingProxyType({text: tuple(rows) for text, rows in table.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A syntax and a naming; ``str()`` is what ``inspect`` prints and ``convert --layout`` takes."""
+
+    syntax: str
+    naming: str
+
+    def __str__(self) -> str:
+        return f"{self.syntax}/{self.naming}"
+
+
+def layout(name: str, family_id: str | None) -> Layout:
+    """Resolve ``kohya/sgm``, ``kohya/native`` or a short name (then the family's usual naming). Raises ``UnknownLayout``."""
+    head, _, tail = name.partition("/")
+    # `peft/diffusers` names a syntax, `peft` alone is the short name of another: DESIGN 5
+    shorts = {} if tail else {short: s for s in syntaxes().values() for short in s.short}
+    syntax = shorts.get(head) or syntaxes().get(head)
+    if syntax is None:
+        known = sorted({short for s in syntaxes().values() for short in (s.short or (s.id,))})
+        raise UnknownLayout(f"there is no layout {name!r}", hint=f"known layouts: {', '.join(known)}")
+    table = family(family_id) if family_id else None
+    naming = tail or _usual_naming(syntax, table)
+    if naming == "native":
+        naming = next(iter(table.namings), "diffusers") if table else "diffusers"
+    known_here = {"diffusers", "index", "raw", *(table.namings if table else ())}
+    if naming not in known_here or not (naming == "raw" or syntax.allows(naming)):
+        raise UnknownLayout(f"layout {name!r}: {syntax.id} has no naming {naming!r} for {family_id or 'an unknown family'}")
+    return Layout(syntax.id, naming)
+
+
+def _usual_naming(syntax: Syntax, table: Family | None) -> str:
+    if table and syntax.id in table.usual:
+        return table.usual[syntax.id]
+    first = syntax.namings[0]
+    if first == "*":
+        return "diffusers"
+    if first == "native":
+        return next(iter(table.namings), "diffusers") if table else "diffusers"
+    return first

@@ -1,0 +1,1 @@
+"""Weight space: recipes, plans and their execution."""

@@ -1,0 +1,77 @@
+"""Runs a plan: the output appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hubtool.errors import ConversionError, UsageProblem
+from hubtool.formats.base import TensorFile
+from hubtool.formats.torch_writer import write_torch_zip
+from hubtool.ops.plan import Plan
+from hubtool.tensors import header
+from hubtool.tensors.expr import Read, Reshape
+from hubtool.tensors.ref import TensorRef
+from hubtool.tensors.writer import atomic_folder, rewrite_header_in_place, same_file, write_safetensors
+
+Progress = Callable[[int], None]
+
+
+def execute(plan: Plan, output: Path, *, force: bool = False, progress: Progress | None = None) -> int:
+    """Write the plan to ``output`` and return the bytes written. Raises ``WouldOverwrite``, ``FileError``, ``UsageProblem``."""
+    if output.exists() and same_file(output, plan.source):
+        raise UsageProblem("the output is the input", path=output, hint="choose another name, or --in-place")
+    if plan.format == "peft-folder":
+        return _peft_folder(plan, output)
+    if plan.format == "torch-zip":
+        tree = plan.tree if plan.tree is not None else dict(plan.tensors)
+        return write_torch_zip(output, tree, force=force, root=_root(output))
+    return write_safetensors(
+        output, plan.tensors, dict(plan.metadata) or None, force=force, header=plan.header, progress=progress
+    )
+
+
+def _root(output: Path) -> str:
+    """torch names the archive's folder after the file; anything unusual becomes ``archive``, as torch itself does for streams."""
+    stem = output.stem
+    return stem if stem.isascii() and stem.isprintable() and stem.strip(".") and not set(stem) & set("/\\:") else "archive"
+
+
+def _peft_folder(plan: Plan, output: Path) -> int:
+    with atomic_folder(output) as part:
+        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+        (part / "adapter_config.json").write_text(text, encoding="utf-8")
+        return write_safetensors(part / "adapter_model.safetensors", plan.tensors, dict(plan.metadata) or None)
+
+
+def execute_in_place(plan: Plan, file: TensorFile) -> int:
+    """Rewrite only the header of ``file`` when the plan renames its tensors and nothing else; returns the header's bytes.
+
+    Raises ``ConversionError`` with the reason where more than the header would change.
+    """
+    if plan.format != "safetensors" or file.format != "safetensors":
+        raise ConversionError("only a safetensors file can be renamed in place", path=file.path)
+    places = {ref.start: (key, expr.shape, ref) for key, expr in plan.tensors.items() for ref in [_whole(expr)] if ref}
+    own = {ref.start: ref for ref in file.tensors.values() if ref.start < ref.end}
+    if len(places) != len(plan.tensors) or {s: p[2].end for s, p in places.items()} != {s: r.end for s, r in own.items()}:
+        raise ConversionError(
+            "this conversion changes more than names", path=file.path, hint="write a new file with -o"
+        )
+    rows = ((key, ref.dtype, shape, ref.nbytes) for _, (key, shape, ref) in sorted(places.items()))
+    text = header.serialise(rows, dict(plan.metadata) or None).rstrip(b" ")
+    if not rewrite_header_in_place(file.path, text):
+        raise ConversionError(
+            f"the new header takes {len(text)} bytes, the file has room for {len(file.header_bytes or b'')}",
+            path=file.path,
+            hint="write a new file with -o",
+        )
+    return os.stat(file.path).st_size
+
+
+def _whole(expr: object) -> TensorRef | None:
+    """The reference whose bytes an expression is, unchanged."""
+    if isinstance(expr, Reshape):
+        expr = expr.source
+    return expr.ref if isinstance(expr, Read) and expr.ref.contiguous else None

@@ -1,0 +1,52 @@
+"""What a load did, and the memory of it that unloading and saving need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from hubtool.types import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """``modules``: component -> live paths changed. ``tokens``: encoder -> tokens added. ``parameters``: what an optimizer may train.
+
+    ``findings``: what the user should know, such as a token that was lower-cased.
+    """
+
+    name: str
+    strength: float
+    modules: Mapping[str, tuple[str, ...]]
+    tokens: Mapping[str, tuple[str, ...]]
+    parameters: tuple[Any, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "strength": self.strength,
+            "modules": {component: len(paths) for component, paths in self.modules.items()},
+            "tokens": {encoder: list(names) for encoder, names in self.tokens.items()},
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """``dtypes``: (component, path) -> dtype in the source. ``trains``: flags of the base weights, to put back on unloading."""
+
+    report: LoadReport
+    dtypes: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    trains: tuple[tuple[Any, bool], ...] = ()
+
+
+# Weak: the memory goes with the pipeline. An adapter loaded by other means has no record, and unloads and saves without.
+_RECORDS: WeakKeyDictionary[Any, dict[str, Record]] = WeakKeyDictionary()
+
+
+def records(pipe: Any) -> dict[str, Record]:
+    """What was loaded into ``pipe`` by name."""
+    return _RECORDS.setdefault(pipe, {})

@@ -1,0 +1,111 @@
+"""Out of the pipeline again: the factors in PEFT's layers as an adapter, and as a file in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hubtool.adapters.ir import Adapter, Embedding, ModuleKey
+from hubtool.adapters.low_rank import LowRank
+from hubtool.errors import LossyConversion, Unsupported, UsageProblem
+from hubtool.layouts import emit
+from hubtool.pipelines import live
+from hubtool.pipelines.lora import layer_parameters
+from hubtool.pipelines.report import records
+from hubtool.tensors.dtypes import FROM_TORCH, TORCH_NAME
+from hubtool.tensors.expr import Expr, Literal
+from hubtool.tensors.writer import write_safetensors
+
+_SHOWN = 3
+
+
+def save(
+    pipe: Any,
+    name: str,
+    path: str | Path,
+    *,
+    layout: str = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write adapter ``name`` as it is now to a safetensors file, bit for bit: no cast, no strength folded in; return the path.
+
+    ``metadata`` joins what the layout needs. Raises ``UsageProblem`` for an unknown name, ``LossyConversion`` when the layout cannot
+    hold all of it, ``WouldOverwrite`` for an existing file without ``force``.
+    """
+    emission = emit(adapter_of(pipe, name), layout)
+    if emission.container != "safetensors":
+        hint = f"save it with layout='diffusers', then hubtool convert FILE --layout {layout}"
+        raise Unsupported(f"a pipeline saves safetensors files; {layout} is kept in a {emission.container}", hint=hint)
+    if emission.losses:
+        lost = "; ".join(f"{loss.what}: {loss.reason}" for loss in emission.losses[:_SHOWN])
+        raise LossyConversion(f"{layout} cannot hold all of {name}: {lost}", hint="save it with layout='diffusers'")
+    write_safetensors(Path(path), emission.tensors, {**(metadata or {}), **emission.metadata}, force=force)
+    return Path(path)
+
+
+def adapter_of(pipe: Any, name: str) -> Adapter:
+    """What the pipeline holds under ``name``, as an ``Adapter`` with canonical paths, each module with its own rank and alpha.
+
+    Factors that were widened for the pipeline and did not change since go back to their own dtype, which loses nothing.
+    Raises ``UsageProblem`` when there is no such adapter.
+    """
+    record = records(pipe).get(name)
+    patches: dict[ModuleKey, LowRank] = {}
+    for component, model in live.components(pipe).items():
+        for path, layer in live.adapter_layers(model, name).items():
+            dtype = record.dtypes.get((component, path)) if record else None
+            patches[component, live.canonical_path(component, path)] = _patch(layer, name, dtype)
+    embeddings = _embeddings(pipe, record.report.tokens) if record else ()
+    if not patches and not embeddings:
+        present = ", ".join(sorted(live.adapter_names(pipe))) or "nothing"
+        raise UsageProblem(f"nothing named {name!r} is loaded", hint=f"loaded: {present}")
+    return Adapter(live.family_of(pipe), MappingProxyType(patches), embeddings)
+
+
+def _patch(layer: Any, name: str, dtype: str | None) -> LowRank:
+    tensors = {key: _literal(parameter, dtype) for key, parameter in layer_parameters(layer, name).items()}
+    return LowRank(
+        up=tensors["lora_B.weight"],
+        down=tensors["lora_A.weight"],
+        alpha_value=float(layer.lora_alpha[name]),
+        dora_scale=tensors.get("lora_magnitude_vector.weight"),
+        rank_stabilised=bool(layer.use_rslora.get(name, False)),
+    )
+
+
+def _embeddings(pipe: Any, tokens: Mapping[str, tuple[str, ...]]) -> tuple[Embedding, ...]:
+    """One embedding for each token and encoder; ``token_1`` and its successors are further vectors of ``token``."""
+    found: list[Embedding] = []
+    for component, names in tokens.items():
+        encoder, tokenizer = live.encoders(pipe)[component]
+        table = encoder.get_input_embeddings().weight.detach()
+        rows = {group[0]: table[tokenizer.convert_tokens_to_ids(group)] for group in _grouped(names)}
+        found += [Embedding(token, component, _literal(vectors, None)) for token, vectors in rows.items()]
+    return tuple(found)
+
+
+def _grouped(names: tuple[str, ...]) -> list[list[str]]:
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and name == f"{groups[-1][0]}_{len(groups[-1])}":
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _literal(tensor: Any, dtype: str | None) -> Expr:
+    """The tensor's bytes; in ``dtype`` when every value fits it exactly."""
+    import torch
+
+    value = tensor.detach().cpu()
+    if dtype is not None and dtype in TORCH_NAME:
+        narrow = value.to(getattr(torch, TORCH_NAME[dtype]))
+        value = narrow if torch.equal(narrow.to(value.dtype), value) else value
+    flat = value.contiguous().reshape(-1).view(torch.uint8)
+    data = bytearray(flat.numel())
+    torch.frombuffer(data, dtype=torch.uint8).copy_(flat)
+    return Literal(bytes(data), FROM_TORCH[str(value.dtype).removeprefix("torch.")], tuple(value.shape))

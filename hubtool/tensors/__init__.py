@@ -1,0 +1,1 @@
+"""Tensors as names, lazy expressions and byte ranges."""

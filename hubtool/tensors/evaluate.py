@@ -1,0 +1,267 @@
+"""From expressions to bytes and tensors.
+
+Byte path, without torch or numpy: ``Read``, ``Literal``, ``Rows``, ``Concat`` along the outermost dimension and ``Reshape`` are
+pieces of files. Everything else goes through torch (``compute``), one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Literal as OneOf
+
+from hubtool.errors import CorruptFile, ShapeMismatch, UnsupportedFile
+from hubtool.tensors.decode import decode
+from hubtool.tensors.dtypes import BITS, FLOATS, TORCH_NAME, numel
+from hubtool.tensors.expr import Cast, Cols, Compute, Concat, Expr, Literal, Permute, Read, Reshape, Rows, size
+from hubtool.tensors.reading import Sources, pread_into
+from hubtool.tensors.ref import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 4 << 20
+_SCALARS = 1 << 16
+_WORD: dict[int, OneOf["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes ``start:end`` of a file, to be copied as they are."""
+
+    path: Path
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+Piece: TypeAlias = Range | bytes
+
+
+def is_bytes(expr: Expr) -> bool:
+    """Whether ``chunks`` can stream ``expr`` without torch."""
+    match expr:
+        case Read() | Literal():
+            return True
+        case Reshape(source=source):
+            return is_bytes(source)
+        case Rows(source=source):
+            return _row_bits(source) % 8 == 0 and is_bytes(source)
+        case Concat(parts=parts, axis=axis):
+            return numel(parts[0].shape[:axis]) == 1 and all(map(is_bytes, parts))
+        case Cast(source=source, dtype=dtype):
+            return source.dtype == dtype and is_bytes(source)
+    return False
+
+
+def pieces(expr: Expr, sources: Sources) -> Iterator[Piece]:
+    """The bytes of ``expr`` in order, as file ranges where that is possible. Adjacent ranges are not joined: see ``coalesce``."""
+    match expr:
+        case Read(ref=ref):
+            yield _stored(ref) if ref.contiguous else _gather(ref, sources)
+        case Literal(data=data):
+            yield data
+        case Reshape(source=source):
+            yield from pieces(source, sources)
+        case Cast(source=source, dtype=dtype) if source.dtype == dtype:
+            yield from pieces(source, sources)
+        case Rows(source=source, start=start, stop=stop) if is_bytes(expr):
+            row = _row_bits(source) // 8
+            yield from _window(pieces(source, sources), start * row, stop * row)
+        case Concat(parts=parts, axis=axis) if numel(parts[0].shape[:axis]) == 1:
+            for part in parts:
+                yield from pieces(part, sources)
+        case _:
+            yield _torch_bytes(compute(expr))
+
+
+def coalesce(stream: Iterator[Piece]) -> Iterator[Piece]:
+    """Join ranges that follow one another in a file: a thousand tensors become one copy."""
+    last: Piece = b""
+    for piece in stream:
+        if isinstance(piece, Range) and isinstance(last, Range) and (piece.path, piece.start) == (last.path, last.end):
+            last = Range(last.path, last.start, piece.end)
+            continue
+        if len(last):
+            yield last
+        last = piece
+    if len(last):
+        yield last
+
+
+def chunks(expr: Expr) -> Iterator[bytes | memoryview]:
+    """Stream the row-major little-endian bytes of ``expr``, at most 4 MiB at a time where they come from a file.
+
+    A ``memoryview`` is valid until the next one is asked for. Raises ``CorruptFile`` where a file ends early.
+    """
+    with Sources() as sources:
+        buffer = memoryview(bytearray(min(CHUNK, size(expr))))
+        for piece in coalesce(pieces(expr, sources)):
+            if isinstance(piece, bytes):
+                yield piece
+            else:
+                yield from _stream(piece, sources, buffer)
+
+
+def to_bytes(expr: Expr) -> bytes:
+    """All bytes of ``expr``."""
+    return b"".join(bytes(chunk) for chunk in chunks(expr))
+
+
+def scalars(source: TensorRef | Expr) -> tuple[float, ...]:
+    """The values of a small tensor (at most 65,536 elements) as floats, without torch. Raises ``ValueError`` for more or for complex numbers."""
+    expr = Read(source) if isinstance(source, TensorRef) else source
+    if numel(expr.shape) > _SCALARS:
+        raise ValueError(f"{numel(expr.shape)} values are not a small tensor")
+    return decode(to_bytes(expr), expr.dtype)
+
+
+def load(ref: TensorRef) -> torch.Tensor:
+    """The tensor as an own, writable copy in its own dtype."""
+    return compute(Read(ref))
+
+
+def compute(expr: Expr) -> torch.Tensor:
+    """Evaluate any expression with torch; the result has the expression's dtype and shape.
+
+    ``Compute`` functions get float tensors as fp32 (fp64 stays), unless the function has a true attribute ``raw_dtypes``.
+    Raises ``ShapeMismatch`` when a function returns another shape than it promised.
+    """
+    if is_bytes(expr):
+        return _from_bytes(expr)
+    match expr:
+        case Rows(source=source, start=start, stop=stop):
+            return compute(source)[start:stop]
+        case Cols(source=source, start=start, stop=stop):
+            return compute(source)[:, start:stop]
+        case Permute(source=source, order=order):
+            return compute(source).permute(order)
+        case Reshape(source=source, shape=shape):
+            return compute(source).reshape(shape)
+        case Cast(source=source, dtype=dtype):
+            return compute(source).to(_torch_dtype(dtype))
+        case Concat(parts=parts, axis=axis):
+            return _concatenate([compute(part) for part in parts], axis)
+        case Compute():
+            return _call(expr)
+    raise TypeError(f"not an expression: {expr!r}")
+
+
+def _row_bits(source: Expr) -> int:
+    return numel(source.shape[1:]) * BITS[source.dtype]
+
+
+def _stored(ref: TensorRef) -> Piece:
+    return ref.inline[: ref.nbytes] if ref.inline is not None else Range(ref.path, ref.start, ref.start + ref.nbytes)
+
+
+def _window(stream: Iterator[Piece], start: int, stop: int) -> Iterator[Piece]:
+    at = 0
+    for piece in stream:
+        low, high = max(start - at, 0), min(stop - at, len(piece))
+        if low < high:
+            yield piece[low:high] if isinstance(piece, bytes) else Range(piece.path, piece.start + low, piece.start + high)
+        at += len(piece)
+
+
+def _stream(piece: Range, sources: Sources, buffer: memoryview) -> Iterator[memoryview]:
+    fd = sources.fd(piece.path)
+    for at in range(piece.start, piece.end, CHUNK):
+        view = buffer[: min(CHUNK, piece.end - at)]
+        pread_into(fd, view, at, piece.path)
+        yield view
+
+
+def _storage(ref: TensorRef, sources: Sources) -> memoryview:
+    if ref.inline is not None:
+        return memoryview(ref.inline)
+    storage = memoryview(bytearray(ref.end - ref.start))
+    pread_into(sources.fd(ref.path), storage, ref.start, ref.path)
+    return storage
+
+
+def _gather(ref: TensorRef, sources: Sources) -> bytes:
+    """Row-major bytes of a strided view: one strided slice per innermost row."""
+    strides, item = ref.strides or (), BITS[ref.dtype] // 8
+    if numel(ref.shape) == 0:
+        return b""
+    storage = _storage(ref, sources)
+    elements = storage[: len(storage) // item * item].cast(_WORD[item])
+    if sum((n - 1) * step for n, step in zip(ref.shape, strides, strict=True)) >= len(elements):
+        raise CorruptFile(f"the view {ref.name!r} reaches outside its storage", path=ref.path, offset=ref.start)
+    length, step = (ref.shape[-1], strides[-1]) if ref.shape else (1, 1)
+    return b"".join(_row(elements, at, length, step) for at in _row_starts(ref.shape[:-1], strides[:-1]))
+
+
+def _row(elements: memoryview, at: int, length: int, step: int) -> bytes:
+    if step == 0:
+        return elements[at : at + 1].tobytes() * length
+    return elements[at : at + (length - 1) * step + 1 : step].tobytes()
+
+
+def _row_starts(shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[int]:
+    axes = [range(0, n * step, step) if step else itertools.repeat(0, n) for n, step in zip(shape, strides, strict=True)]
+    return map(sum, itertools.product(*axes))
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, TORCH_NAME.get(dtype, ""), None)
+    if found is None:
+        raise UnsupportedFile(f"torch has no dtype for {dtype}")
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _from_bytes(expr: Expr) -> torch.Tensor:
+    import torch
+
+    dtype = _torch_dtype(expr.dtype)
+    if dtype.itemsize * 8 != BITS[expr.dtype]:
+        raise UnsupportedFile(f"torch packs {expr.dtype}; its values are copied, never computed with")
+    if numel(expr.shape) == 0:
+        return torch.empty(expr.shape, dtype=dtype)
+    data = bytearray(size(expr))
+    at = 0
+    for chunk in chunks(expr):
+        data[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return torch.frombuffer(data, dtype=dtype).reshape(expr.shape)
+
+
+def _torch_bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    if tensor.numel() == 0:
+        return b""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = bytearray(flat.numel())  # filled by torch: works without numpy, one copy
+    torch.frombuffer(data, dtype=torch.uint8).copy_(flat)
+    return bytes(data)
+
+
+def _concatenate(parts: list[Any], axis: int) -> torch.Tensor:
+    import torch
+
+    return torch.cat(parts, dim=axis)
+
+
+def _call(expr: Compute) -> torch.Tensor:
+    wide = not getattr(expr.function, "raw_dtypes", False)
+    function: Callable[..., Any] = expr.function
+    result = function(*(_argument(source, wide) for source in expr.sources), **dict(expr.params))
+    if tuple(result.shape) != expr.shape:
+        raise ShapeMismatch(f"a function promised {expr.shape} and returned {tuple(result.shape)}")
+    cast: torch.Tensor = result.to(_torch_dtype(expr.dtype))
+    return cast
+
+
+def _argument(source: Expr, wide: bool) -> torch.Tensor:
+    tensor = compute(source)
+    return tensor.float() if wide and source.dtype in FLOATS and source.dtype != "F64" else tensor

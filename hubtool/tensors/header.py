@@ -1,0 +1,148 @@
+"""The header of a safetensors file: parsed as strictly as the format allows, and written back.
+
+Rules: the README of safetensors, section "Format", tightened where parsers disagree (duplicate keys, NaN, depth, huge ranks).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubtool.errors import CorruptFile, FileError, UnsafeFile
+from hubtool.tensors.columns import MAX_RANK, parse_columns
+from hubtool.tensors.dtypes import BITS, numel
+from hubtool.tensors.reading import pread_exact
+from hubtool.tensors.ref import TensorRef
+from hubtool.tensors.strict_json import TooDeepError, loads
+from hubtool.types import Shape
+
+MAX_HEADER = 100_000_000
+METADATA = "__metadata__"
+_FIRST_READ = 64 << 10
+_MAX_DEPTH = 4
+_LIMIT = 1 << 63
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header. ``raw`` is its JSON as it lies in the file; tensor ranges are absolute; ``tensors`` is in header order."""
+
+    raw: bytes
+    tensors: dict[str, TensorRef]
+    metadata: dict[str, str]
+    unknown_fields: tuple[str, ...] = ()
+    plain: bool = False  # names are known to be printable ASCII
+
+    @property
+    def data_start(self) -> int:
+        """Offset of the first byte after the header."""
+        return 8 + len(self.raw)
+
+
+class _HeaderError(ValueError):
+    """Why a header is refused; becomes a ``CorruptFile`` with the path."""
+
+
+def read(fd: int, size: int, path: Path) -> Header:
+    """Read and check the header of an open file of ``size`` bytes. Raises ``CorruptFile`` or ``UnsafeFile``."""
+    first = os.pread(fd, _FIRST_READ, 0)
+    if size < 10 or len(first) < 10:
+        raise CorruptFile(f"{size} bytes are too few for a safetensors file", path=path, offset=0)
+    length = int.from_bytes(first[:8], "little")
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise CorruptFile(f"the header claims {length} bytes in a file of {size}", path=path, offset=0)
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += pread_exact(fd, length - len(raw), 8 + len(raw), path)
+    return parse(raw, size - 8 - length, path)
+
+
+def parse(raw: bytes, body: int, path: Path) -> Header:
+    """Check a header that stands before ``body`` bytes of data. Raises ``CorruptFile``, or ``UnsafeFile`` for abuse of the parser."""
+    columns = parse_columns(raw, body, path)
+    if columns is not None:
+        return Header(raw, *columns, plain=True)
+    if not raw.lstrip(b" \t\r\n").startswith(b"{"):
+        raise CorruptFile("the header is not a JSON object", path=path, offset=8)
+    try:
+        return _checked(raw, loads(raw, max_depth=_MAX_DEPTH), body, path)
+    except TooDeepError as error:
+        raise UnsafeFile(f"bad header: {error}", path=path, offset=8) from None
+    except ValueError as error:
+        raise CorruptFile(f"bad header: {error}", path=path, offset=8) from None
+
+
+def serialise(
+    entries: Iterable[tuple[str, str, Shape, int]], metadata: Mapping[str, str] | None = None, *, phase: int | None = None
+) -> bytes:
+    """A compact header for (name, dtype, shape, bytes) laid one after another, metadata first, padded with spaces.
+
+    The data section starts at a multiple of 8; with ``phase`` (a multiple of 8) at that offset within a page of 4096 bytes.
+    """
+    document: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
+    at = 0
+    for name, dtype, shape, count in entries:
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + count]}
+        at += count
+    try:
+        raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FileError("a name or a metadata value is not valid text (lone surrogate)") from None
+    step, rest = (8, 0) if phase is None else (4096, phase)
+    return raw + b" " * ((rest - 8 - len(raw)) % step)
+
+
+def _checked(raw: bytes, document: dict[str, Any], body: int, path: Path) -> Header:
+    metadata = _metadata(document.pop(METADATA, {}))
+    base = 8 + len(raw)
+    tensors: dict[str, TensorRef] = {}
+    unknown: set[str] = set()
+    for name, entry in document.items():
+        dtype, shape, begin, end = _entry(name, entry)
+        tensors[name] = TensorRef(name, dtype, shape, path, base + begin, base + end)
+        unknown.update(entry.keys() - _FIELDS)
+    _check_tiling([(ref.start - base, ref.end - base) for ref in tensors.values()], body)
+    return Header(raw, tensors, metadata, tuple(sorted(unknown)))
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise _HeaderError("__metadata__ is not an object of strings")
+    return value
+
+
+def _entry(name: str, entry: Any) -> tuple[str, Shape, int, int]:
+    short = name if len(name) < 80 else name[:77] + "..."
+    if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
+        raise _HeaderError(f"the entry of {short!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _HeaderError(f"{short!r} has an unknown dtype")
+    if not _naturals(shape) or len(shape) > MAX_RANK:
+        raise _HeaderError(f"{short!r} has an impossible shape")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise _HeaderError(f"{short!r} has impossible offsets")
+    begin, end = offsets
+    if (end - begin) * 8 != numel(shape) * BITS[dtype]:
+        raise _HeaderError(f"{short!r} needs {numel(shape) * BITS[dtype] / 8:g} bytes and spans {end - begin}")
+    return dtype, tuple(shape), begin, end
+
+
+def _naturals(value: Any) -> bool:
+    # type() and not isinstance(): True is an int to Python and no number to JSON
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _LIMIT for item in value)
+
+
+def _check_tiling(spans: list[tuple[int, int]], body: int) -> None:
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise _HeaderError(f"tensors {'overlap' if begin < at else 'leave a gap'} at byte {min(begin, at)} of the data")
+        at = end
+    if at != body:
+        raise _HeaderError(f"tensors end at byte {at} of the data, which has {body}: truncated, or followed by something else")
