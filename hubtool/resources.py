@@ -15,7 +15,9 @@ def _folder(name: str) -> Path:
     for candidate in (_PACKAGE / f"_{name}", _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
-    raise HubtoolError(f"the folder {name}/ is missing from this installation", hint="pip install --force-reinstall hubtool")
+    raise HubtoolError(
+        f"the folder {name}/ is missing from this installation", hint="pip install --force-reinstall hubtool"
+    )
 
 
 def schemas() -> Path:

@@ -29,7 +29,8 @@ SCALES = {
 
 
 def help_page() -> str:
-    context = click.Context(cli, info_name="hubtool", terminal_width=_WIDTH, max_content_width=_WIDTH)
+    settings = {**cli.context_settings, "terminal_width": _WIDTH, "max_content_width": _WIDTH}
+    context = click.Context(cli, info_name="hubtool", **settings)
     return f"```\n{cli.get_help(context)}\n```"
 
 

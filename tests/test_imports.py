@@ -39,10 +39,12 @@ def test_start_up_loads_nothing_heavy(args: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "explain"])
-def test_looking_at_a_file_loads_nothing_heavy(command: str, tmp_path: Path) -> None:
+def test_looking_at_a_file_needs_no_torch_and_no_numpy(command: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_safetensors(path, {"w": ("F32", (2,), bytes(8))})
-    assert not loaded_after(command, str(path)) & HEAVY
+    assert not loaded_after(command, str(path)) & (
+        HEAVY - {"blake3"}
+    )  # blake3 is one of the hashes, where it is installed
 
 
 def test_import_hubtool_loads_nothing_heavy() -> None:

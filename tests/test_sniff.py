@@ -38,6 +38,7 @@ def old_tar_bytes() -> bytes:
 
 
 NPZ = zip_bytes(b"N", {}).replace(b"archive/data.pkl", b"archive/data.npy").replace(b"archive/version", b"archive/ver.npy")
+BUNDLE = NPZ.replace(b"archive/ver.npy", b"preview/ver.png")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 151112198\n"
 PROTOCOL_0 = b"ctorch._utils\n_rebuild_tensor_v2\n."
 
@@ -59,6 +60,7 @@ PROTOCOL_0 = b"ctorch._utils\n_rebuild_tensor_v2\n."
         (gzip.compress(b"x"), UnsupportedFile, "gzip"),
         (b"\x93NUMPY\x01\0v\0{'descr'", UnsupportedFile, "npy"),
         (NPZ, UnsupportedFile, "npz"),
+        (BUNDLE, UnsupportedFile, "no data.pkl"),
         (b"GGUF\3\0\0\0", UnsupportedFile, "GGUF"),
         (b"\x89HDF\r\n\x1a\n\0\0", UnsupportedFile, "HDF5"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", UnsupportedFile, "JPEG"),

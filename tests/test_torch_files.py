@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -462,3 +464,32 @@ def test_real_hostile_files_are_refused_naming_what_they_call(shared: Path) -> N
     for name, word in HOSTILE.items():
         with pytest.raises(UnsafeFile, match=word):
             open_file(shared / "real" / "container" / name)
+
+
+# Hostile corpus
+
+CLASSES = {"pickle-exec", "pickle-opcode", "container", "weights-only"}
+
+
+def verdict(path: Path) -> str:
+    try:
+        severities = {finding.severity for finding in open_file(path).findings}
+    except (CorruptFile, UnsafeFile, UnsupportedFile):
+        return "reject"
+    return "error" if "error" in severities else "warn" if "warning" in severities else "accept"
+
+
+ALLOWED = {"reject": {"reject"}, "warn": {"reject", "error", "warn"}, "accept": {"accept", "warn"}}
+
+
+def test_the_hostile_corpus_is_judged_as_its_manifest_says(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = tmp_path / "canary"
+    canary.mkdir()
+    monkeypatch.setenv("CANARY", str(canary))
+    with tarfile.open(shared / "bad.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    cases = [case for case in json.loads((tmp_path / "bad" / "MANIFEST.json").read_text())["cases"] if case["class"] in CLASSES]
+    wrong = [case["file"] for case in cases if verdict(tmp_path / "bad" / case["file"]) not in ALLOWED[case["expect"]]]
+    assert not wrong
+    assert len(cases) > 150
+    assert not list(canary.iterdir())

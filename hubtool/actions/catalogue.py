@@ -79,7 +79,7 @@ def show(reader: Reader, ref: str) -> dict[str, Any]:
         "kind": row.kind or "unknown",
         **browse.identity(reader, row.key),
         **{name: listed[name] for name in ("id", "path", "size", "trigger_words", "state", "health")},
-        "hashes": known.get("computed", {}),
+        "hashes": {**dict.fromkeys(("sha256", "payload_sha256", "content_id")), **known.get("computed", {})},
         "hashes_by_origin": known,
         "findings": browse.findings(reader, row.key),
         "locations": [place_json(place) for place in row.places],

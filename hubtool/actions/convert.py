@@ -40,20 +40,24 @@ class Converted:
     verdict: Verdict | None = None
 
     def to_json(self) -> dict[str, Any]:
-        document = {**self.plan.to_json(), "output": None if self.output is None else str(self.output), "size": self.size}
+        document = {
+            **self.plan.to_json(),
+            "output": None if self.output is None else str(self.output),
+            "size": self.size,
+        }
         return document if self.verdict is None else {**document, "verify": self.verdict.to_json()}
 
 
-def plan(source: str | Path, target: Target = Target()) -> Plan:
+def plan(source: str | Path, target: Target | None = None) -> Plan:
     """What ``convert`` would write, without writing it."""
-    return ops.plan(open_file(Path(source)), target)
+    return ops.plan(open_file(Path(source)), target or Target())
 
 
 def convert(
     source: str | Path,
     output: str | Path | None,
-    target: Target = Target(),
-    options: Options = Options(),
+    target: Target | None = None,
+    options: Options | None = None,
     progress: Progress | None = None,
 ) -> Converted:
     """Convert ``source`` to ``output`` (or in place, where only names change).
@@ -61,6 +65,7 @@ def convert(
     The container follows ``target.format``, else the output's suffix. Raises ``LossyConversion`` unless losses are allowed, and what
     planning and writing raise; the output appears whole or not at all.
     """
+    target, options = target or Target(), options or Options()
     file = open_file(Path(source))
     made = ops.plan(file, _with_format(target, output, options))
     if made.losses and not options.allow_loss:

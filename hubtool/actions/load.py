@@ -53,5 +53,7 @@ def _present(row: Row) -> Path:
     place = next((place for place in row.places if place.state == "present"), None)
     if place is None:
         known = row.places[0].path if row.places else None
-        raise FileMissing("the library knows this artifact, but its file is not there now", path=known, hint="hubtool scan")
+        raise FileMissing(
+            "the library knows this artifact, but its file is not there now", path=known, hint="hubtool scan"
+        )
     return Path(place.path)

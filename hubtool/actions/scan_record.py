@@ -57,7 +57,7 @@ def _read(found: Candidate) -> tuple[ArtifactRecord | None, str | None]:
 
     path = os.fsdecode(found.path)
     try:
-        report = inspect(path, hashes=False)
+        report = inspect(path, hashes=False, values=False)  # headers only
     except (HubtoolError, OSError) as error:
         return _broken(found, error), str(error)
     if found.relpath.lower().endswith(b".png") and report.identity.kind != "textual_inversion":

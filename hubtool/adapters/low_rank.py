@@ -96,7 +96,9 @@ class LowRank:
                 return self._rows(lambda t: e.rows(t, start, stop), "taking rows")
             case SwapHalves():
                 half = self.up.shape[0] // 2
-                return self._rows(lambda t: e.concat((e.rows(t, half, 2 * half), e.rows(t, 0, half))), "swapping halves")
+                return self._rows(
+                    lambda t: e.concat((e.rows(t, half, 2 * half), e.rows(t, 0, half))), "swapping halves"
+                )
             case TakeCols(start, stop):
                 return self._cols(start, stop)
             case Transpose():

@@ -37,14 +37,12 @@ def _rows(doc: Document) -> Iterator[tuple[str, str]]:
     yield "components", joined(f"{name} {count}" for name, count in doc["components"].items())
     yield "ranks", joined(doc["ranks"])
     yield "alphas", joined("none" if alpha is None else f"{alpha:g}" for alpha in doc["alphas"])
-    yield (
-        "tensors",
-        f"{doc['tensors']}, {human_count(doc['parameters'])} parameters, {joined(doc['dtypes']) or 'no dtype'}",
-    )
+    dtypes = joined(doc["dtypes"]) or "no dtype"
+    yield "tensors", f"{doc['tensors']} ({human_count(doc['parameters'])} parameters, {dtypes})"
     yield "file", f"{human_size(doc['size'])}, {doc['format']}"
     yield "triggers", joined(doc["trigger_words"])
     yield "embeddings", "\n".join(_embedding(item) for item in doc["embeddings"][:_MOST])
-    yield "metadata", f"{len(doc['metadata'])} entries" if doc["metadata"] else ""
+    yield "metadata", _counted(len(doc["metadata"]), "entry", "entries") if doc["metadata"] else ""
     yield "hashes", "\n".join(f"{name} {value}" for name, value in doc["hashes"].items() if value)
 
 
@@ -71,16 +69,20 @@ def joined(items: Iterable[Any]) -> str:
     return ", ".join(texts[:_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
 def _embedding(item: Mapping[str, Any]) -> str:
     encoder = f" for {item['encoder']}" if item["encoder"] else ""
     return f"{item['token'] or 'no token'}: {item['vectors']} x {item['dim']}{encoder}"
 
 
 def human_count(count: int) -> str:
-    """``12``, ``3.4 k``, ``860 M``."""
+    """``12``, ``3.4 k``, ``859.5 M``."""
     size = float(count)
     for unit in ("", " k", " M", " G"):
         if size < 1000 or unit == " G":
             break
         size /= 1000
-    return f"{size:.3g}{unit}"
+    return f"{size:.1f}{unit}" if unit else str(count)

@@ -39,9 +39,10 @@ def read_header(path: Path) -> TensorFile:
 
 
 def _findings(header: headers.Header) -> tuple[Finding, ...]:
-    found = suspicion.of_names(header.tensors, plain=header.plain)
-    if header.metadata:
-        found += suspicion.of_metadata(header.metadata, header.tensors)
+    found = suspicion.of_metadata(header.metadata, header.tensors) if header.metadata else []
+    if header.plain:
+        return tuple(found)
+    found += suspicion.of_names(header.tensors)
     found += suspicion.of_shapes(header.tensors)
     if not header.raw.startswith(b"{"):
         found.append(Finding("leading-whitespace", "warning", "blanks stand before the header, which not every reader accepts"))

@@ -93,10 +93,10 @@ def _open(source: Source) -> _Archive:
     roots = {name.split("/", 1)[0] for name in members}
     root = next(iter(roots))
     _refuse_others(source, members, root)
+    if not any(f"{name}/data.pkl" in members for name in roots):
+        raise UnsupportedFile("a zip archive, but not one that torch.save wrote (no data.pkl)", path=source.path, hint="extract it first")
     if len(roots) > 1:
         raise UnsafeFile("the archive has more than one root folder", path=source.path)
-    if f"{root}/data.pkl" not in members:
-        raise UnsupportedFile("a zip archive, but not one that torch.save wrote (no data.pkl)", path=source.path)
     archive = _Archive(source, root, members)
     archive.big = _is_big(archive)
     return archive

@@ -11,7 +11,7 @@ from typing import Any
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.weight_ops import ReshapeWeight
-from hubtool.errors import ConversionError, Unsupported
+from hubtool.errors import ConversionError
 from hubtool.layouts import keys, peft_config, positional, tables
 from hubtool.layouts.tables import Layout, Syntax
 from hubtool.layouts.vocabulary import vocabulary, written
@@ -66,7 +66,9 @@ def emit(adapter: Adapter, layout: str, *, family: str | None = None) -> Emissio
         )
     if syntax.single_component and len(adapter.components()) > 1:
         parts = ", ".join(adapter.components())
-        raise ConversionError(f"{syntax.title} holds one component; this adapter has {parts}", hint="choose one with --component")
+        raise ConversionError(
+            f"{syntax.title} holds one component; this adapter has {parts}", hint="choose one with --component"
+        )
     if syntax.positional:
         _positions(adapter, syntax, family or "", emission)
     else:
@@ -128,10 +130,11 @@ def _tensors(patch: Patch, syntax: Syntax, name: str, out: Emission) -> Iterator
         if role == "alpha":
             continue
         if role == "dora_scale" and isinstance(patch, LowRank):
-            tensor = _magnitude(patch, syntax, name, out) or tensor
-        if role == "up" and isinstance(patch, LowRank) and syntax.alpha == "none":
-            tensor = _folded(patch, name, out)
-        yield role, tensor
+            yield role, _magnitude(patch, syntax, name, out) or tensor
+        elif role == "up" and isinstance(patch, LowRank) and syntax.alpha == "none":
+            yield role, _folded(patch, name, out)
+        else:
+            yield role, tensor
     if syntax.alpha == "tensor":
         alpha = _alpha_tensor(patch, name, out)
         if alpha is not None:
@@ -209,9 +212,17 @@ def _configure(carried: Mapping[ModuleKey, LowRank], syntax: Syntax, out: Emissi
     for component in dict.fromkeys(component for component, _ in carried):
         patches = {path: patch for (owner, path), patch in carried.items() if owner == component}
         _same_everywhere(component, patches, out)
-        config = peft_config.build(patches, text_encoder=component.startswith("text_encoder") and syntax.alpha == "metadata")
+        config = peft_config.build(
+            patches, text_encoder=component.startswith("text_encoder") and syntax.alpha == "metadata"
+        )
         if syntax.alpha == "config":
-            out.config = {"peft_type": "LORA", **config, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+            out.config = {
+                "peft_type": "LORA",
+                **config,
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+            }
         document |= {f"{component}.{field}": value for field, value in peft_config.anchored(config).items()}
     if syntax.alpha == "metadata" and document:
         out.metadata = {"format": "pt", peft_config.KEY: json.dumps(document, sort_keys=True, separators=(",", ":"))}
@@ -219,7 +230,10 @@ def _configure(carried: Mapping[ModuleKey, LowRank], syntax: Syntax, out: Emissi
 
 def _same_everywhere(component: str, patches: Mapping[str, LowRank], out: Emission) -> None:
     """PEFT switches DoRA and rank stabilisation for a whole component, never for one module."""
-    for what, has in (("a DoRA magnitude", lambda p: p.dora_scale is not None), ("rank stabilisation", lambda p: p.rank_stabilised)):
+    for what, has in (
+        ("a DoRA magnitude", lambda p: p.dora_scale is not None),
+        ("rank stabilisation", lambda p: p.rank_stabilised),
+    ):
         without = [path for path, patch in patches.items() if not has(patch)]
         if without and len(without) < len(patches):
             reason = f"PEFT needs {what} on every module or none; {len(without)} of {len(patches)} lack it, first {without[0]}"
@@ -271,6 +285,3 @@ def _rest(adapter: Adapter, syntax: Syntax, out: Emission) -> None:
             out.notes.append(f"{key} is not understood and kept as it is")
         else:
             out.losses.append(Loss(key, f"not understood, and {syntax.id} has no place for it"))
-
-
-__all__ = ["Emission", "Loss", "emit", "pack", "Unsupported"]

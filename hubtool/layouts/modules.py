@@ -94,7 +94,9 @@ def algorithm_of(roles: Iterable[str], name: str, path: object) -> str | None:
                 return algorithm.id
     if have <= {"alpha", "dora_scale"}:
         return None
-    raise CorruptFile(f"{name}: {', '.join(sorted(have))} make no complete adapter module{_missing(have)}", path=str(path))
+    raise CorruptFile(
+        f"{name}: {', '.join(sorted(have))} make no complete adapter module{_missing(have)}", path=str(path)
+    )
 
 
 def _missing(have: set[str]) -> str:
@@ -120,7 +122,9 @@ def build(draft: Draft, algorithm: str, alpha: float | None, path: object) -> Pa
 def _check_dtypes(draft: Draft, path: object) -> None:
     for role, tensor in draft.tensors.items():
         if role not in ("alpha", "on_input") and tensor.dtype not in FLOATS:
-            raise CorruptFile(f"{draft.keys.get(role, draft.stem)} holds {tensor.dtype} numbers, not floats", path=str(path))
+            raise CorruptFile(
+                f"{draft.keys.get(role, draft.stem)} holds {tensor.dtype} numbers, not floats", path=str(path)
+            )
 
 
 def alphas(drafts: Iterable[Draft], path: object) -> dict[str, float]:

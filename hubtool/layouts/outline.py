@@ -159,7 +159,9 @@ def _verdict(found: tuple[Match, ...]) -> tuple[str | None, tuple[str, ...], tup
 
 def _from_positions(placed: positional.Placed, asked: str | None) -> Outline:
     candidates = tuple(name for name in placed.families if asked in (None, name))
-    text = f"{len(placed.drafts)} positions agree in shape with the walk of {', '.join(candidates) or 'no known family'}"
+    text = (
+        f"{len(placed.drafts)} positions agree in shape with the walk of {', '.join(candidates) or 'no known family'}"
+    )
     return Outline(
         syntax=placed.syntax,
         layout=Layout(placed.syntax.id, "index"),

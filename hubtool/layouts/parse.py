@@ -46,7 +46,9 @@ def parse_file(file: TensorFile, family: str | None = None) -> Parsed:
     """As ``parse``, with the layout, the candidates and the keys."""
     found = recognise(file, family)
     if found is None:
-        raise RecognitionError("no adapter layout explains this file", path=file.path, hint=f"hubtool explain {file.path}")
+        raise RecognitionError(
+            "no adapter layout explains this file", path=file.path, hint=f"hubtool explain {file.path}"
+        )
     return found
 
 

@@ -64,7 +64,9 @@ def from_dict(config: Mapping[str, Any]) -> PeftConfig:
     pattern = pattern if isinstance(pattern, dict) else {}
     literal = {k: v for k, v in pattern.items() if _LITERAL.fullmatch(k) and _number(v) is not None}
     odd = [key for key in pattern if key not in literal]
-    findings = [Finding("alpha-pattern", "error", f"alpha_pattern key {key!r} is no literal module name") for key in odd[:3]]
+    findings = [
+        Finding("alpha-pattern", "error", f"alpha_pattern key {key!r} is no literal module name") for key in odd[:3]
+    ]
     plain = {key.removeprefix("^").replace("\\", ""): float(value) for key, value in literal.items()}
     return PeftConfig(alpha, plain, config.get("use_rslora") is True, tuple(findings))
 
@@ -110,7 +112,9 @@ def _commonest(values: Iterable[Any]) -> Any:
 def anchored(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with ``^`` before pattern keys that would also match a longer module name of the same adapter."""
     names = config["target_modules"]
-    shadowed = {name for name in names for other in names if other.endswith("." + name)} if len(names) < 3000 else set(names)
+    shadowed = (
+        {name for name in names for other in names if other.endswith("." + name)} if len(names) < 3000 else set(names)
+    )
     for key in ("rank_pattern", "alpha_pattern"):
         config[key] = {(f"^{path}" if path in shadowed else path): value for path, value in config[key].items()}
     return config

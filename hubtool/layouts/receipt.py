@@ -98,7 +98,7 @@ def restore(receipt: Receipt, adapter: Adapter, emission: Emission) -> Restored 
     if shape is None or not _same_modules(shape, emission) or not _same_scales(origin, shape, adapter):
         return None
     wanted = {key: row for row, key in shape.keys().items()}
-    spare = {key: Read(ref) for key, ref in adapter.extras.items()}
+    spare: dict[str, Expr] = {key: Read(ref) for key, ref in adapter.extras.items()}
     spare |= {item.token: item.vectors for item in adapter.embeddings if item.token}
     tensors: dict[str, Expr] = {}
     for key, ref in origin.tensors.items():
@@ -133,7 +133,9 @@ def _same_scales(origin: header.Header, shape: Outline, adapter: Adapter) -> boo
         if "alpha" in draft.keys or not isinstance(patch, LowRank):
             continue
         alpha = configs[component].alpha_of(path) if shape.syntax.alpha == "metadata" else None
-        then = replace(patch, alpha_value=alpha, rank_stabilised=configs[component].rank_stabilised and alpha is not None)
+        then = replace(
+            patch, alpha_value=alpha, rank_stabilised=configs[component].rank_stabilised and alpha is not None
+        )
         if then.scale != patch.scale:
             return False
     return True

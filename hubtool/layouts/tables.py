@@ -98,6 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @cache
 def family_ids() -> tuple[str, ...]:
+    """Every family that has a table."""
     return tuple(sorted(path.stem for path in (resources.schemas() / "families").glob("*.toml")))
 
 
@@ -171,7 +172,10 @@ def _roles(doc: Mapping[str, Any], *, lycoris: bool) -> Mapping[str, Mapping[str
     common = {role: (text,) for role, text in _algorithm_file()["suffixes"].items()} if lycoris else {}
     tables = {"*": doc["roles"], **doc.get("roles_of", {})}
     return MappingProxyType(
-        {who: MappingProxyType(common | {role: tuple(texts) for role, texts in roles.items()}) for who, roles in tables.items()}
+        {
+            who: MappingProxyType(common | {role: tuple(texts) for role, texts in roles.items()})
+            for who, roles in tables.items()
+        }
     )
 
 
@@ -197,6 +201,7 @@ def _algorithm_file() -> dict[str, Any]:
 
 @cache
 def algorithms() -> tuple[Algorithm, ...]:
+    """The algorithms of schemas/algorithms.toml, in the order in which a module is tried."""
     return tuple(
         Algorithm(row["id"], row["title"], tuple(map(frozenset, row["sets"])), frozenset(row["optional"]))
         for row in _algorithm_file()["algorithm"]
@@ -244,7 +249,9 @@ def layout(name: str, family_id: str | None) -> Layout:
         naming = next(iter(table.namings), "diffusers") if table else "diffusers"
     known_here = {"diffusers", "index", "raw", *(table.namings if table else ())}
     if naming not in known_here or not (naming == "raw" or syntax.allows(naming)):
-        raise UnknownLayout(f"layout {name!r}: {syntax.id} has no naming {naming!r} for {family_id or 'an unknown family'}")
+        raise UnknownLayout(
+            f"layout {name!r}: {syntax.id} has no naming {naming!r} for {family_id or 'an unknown family'}"
+        )
     return Layout(syntax.id, naming)
 
 

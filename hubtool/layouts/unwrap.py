@@ -36,7 +36,9 @@ def unwrapped(file: TensorFile) -> tuple[Mapping[str, TensorRef], tuple[Finding,
 
 def unwrap(file: TensorFile) -> tuple[TensorFile, tuple[Finding, ...]]:
     """The same as a ``TensorFile`` whose ``tensors`` and ``structure`` start inside the wrappers. Idempotent."""
-    structure, path, dropped = file.structure, [], []
+    structure: Any = file.structure
+    path: list[str] = []
+    dropped: list[str] = []
     while isinstance(structure, Mapping) and len(path) < _DEPTH:
         key = _wrapper(structure)
         if key is None:

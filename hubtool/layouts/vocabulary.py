@@ -35,6 +35,7 @@ class Vocabulary:
 
 @cache
 def vocabulary(name: str) -> Vocabulary:
+    """The vocabulary of a family, loaded once."""
     path = resources.schemas() / "vocabularies" / f"{name}.json.gz"
     return Vocabulary(name, json.loads(gzip.decompress(path.read_bytes())))
 

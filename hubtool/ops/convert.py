@@ -21,8 +21,21 @@ from hubtool.ops.plan import Plan
 from hubtool.tensors.dtypes import FLOATS
 from hubtool.tensors.expr import Compute, Expr, Read
 
-SUFFIXES = MappingProxyType({".safetensors": "safetensors", ".ckpt": "torch-zip", ".pt": "torch-zip", ".pth": "torch-zip", ".bin": "torch-zip"})
-DTYPES = MappingProxyType({"fp16": "F16", "bf16": "BF16", "fp32": "F32", "f16": "F16", "f32": "F32", "float16": "F16", "float32": "F32", "bfloat16": "BF16"})
+SUFFIXES = MappingProxyType(
+    {".safetensors": "safetensors", ".ckpt": "torch-zip", ".pt": "torch-zip", ".pth": "torch-zip", ".bin": "torch-zip"}
+)
+DTYPES = MappingProxyType(
+    {
+        "fp16": "F16",
+        "bf16": "BF16",
+        "fp32": "F32",
+        "f16": "F16",
+        "f32": "F32",
+        "float16": "F16",
+        "float32": "F32",
+        "bfloat16": "BF16",
+    }
+)
 _TORCH = frozenset({"torch-zip", "torch-legacy"})
 
 
@@ -49,40 +62,40 @@ def plan(file: TensorFile, target: Target) -> Plan:
     return _cast(made, target.dtype) if target.dtype else made
 
 
-def _container(file: TensorFile, format: str, parsed: Parsed | None) -> Plan:
+def _container(file: TensorFile, container: str, parsed: Parsed | None) -> Plan:
     """The same names in another container. What only a pickle could hold becomes metadata or a loss."""
     tensors, _ = unwrapped(file)
     exprs: dict[str, Expr] = {name: Read(ref) for name, ref in tensors.items()}
     if file.format == "png":
-        return _encoding(file, "kohya" if format == "safetensors" else "a1111", format)
-    same = file.format == format == "safetensors"
+        return _encoding(file, "kohya" if container == "safetensors" else "a1111", container)
+    same = file.format == container == "safetensors"
     return Plan(
         source=file.path,
-        format=format,
+        format=container,
         layout=str(parsed.layout) if parsed else None,
         tensors=exprs,
-        metadata=dict(file.metadata) if same else _metadata_of(file, format),
+        metadata=dict(file.metadata) if same else _metadata_of(file, container),
         header=file.header_bytes if same else None,
-        losses=tuple(_container_losses(file, tensors, format)),
+        losses=tuple(_container_losses(file, tensors, container)),
         notes=tuple(_container_notes(file)),
     )
 
 
-def _metadata_of(file: TensorFile, format: str) -> dict[str, str]:
-    if format != "safetensors":
+def _metadata_of(file: TensorFile, container: str) -> dict[str, str]:
+    if container != "safetensors":
         return {}
     if file.format in _TORCH:
         return {"format": "pt", **{f"hubtool.extra.{key}": value for key, value in file.metadata.items()}}
     return dict(file.metadata)
 
 
-def _container_losses(file: TensorFile, kept: Mapping[str, Any], format: str) -> Iterator[Loss]:
+def _container_losses(file: TensorFile, kept: Mapping[str, Any], container: str) -> Iterator[Loss]:
     dropped = len(file.tensors) - len(kept)
     if dropped:
         _, notes = unwrapped(file)
         parts = "; ".join(note.message for note in notes)
         yield Loss(f"{dropped} tensors of the training state", parts)
-    if format == "torch-zip" and file.format not in _TORCH:
+    if container == "torch-zip" and file.format not in _TORCH:
         for key in file.metadata:
             if (key, file.metadata[key]) != ("format", "pt"):
                 yield Loss(f"metadata {key}", "a torch file has no place for metadata")
@@ -101,31 +114,31 @@ def _layout(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
     if spell(wanted, _family(parsed, target)) == str(parsed.layout) and target.component is None:
         return _container(file, target.format or "safetensors", parsed)
     emission = _emit(adapter, wanted, parsed, target.family)
-    format = _container_of(emission, target.format)
+    container = _container_of(emission, target.format)
     source = receipts.of_file(file, {key: Read(ref) for key, ref in file.tensors.items()}, str(parsed.layout))
-    if format != "torch-zip" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
+    if container != "torch-zip" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
         restored = receipts.restore(source, adapter, emission)
         if restored is not None:
             return _restored(file, emission, restored)
     metadata = receipts.carried_metadata(adapter.metadata) | emission.metadata
-    if format != "torch-zip":
+    if container != "torch-zip":
         metadata |= {receipts.KEY: source.dump()}
     return Plan(
         source=file.path,
-        format=format,
+        format=container,
         layout=str(emission.layout),
         tensors=emission.tensors,
-        metadata=metadata if format != "torch-zip" else {},
+        metadata=metadata if container != "torch-zip" else {},
         tree=list(emission.tensors.values()) if emission.container == "torch-list" else None,
         config=emission.config or None,
-        losses=tuple(emission.losses) + _metadata_losses(adapter, format),
+        losses=tuple(emission.losses) + _metadata_losses(adapter, container),
         notes=tuple(emission.notes),
         rounded=emission.rounded,
     )
 
 
-def _metadata_losses(adapter: Adapter, format: str) -> tuple[Loss, ...]:
-    if format != "torch-zip":
+def _metadata_losses(adapter: Adapter, container: str) -> tuple[Loss, ...]:
+    if container != "torch-zip":
         return ()
     kept = receipts.carried_metadata(adapter.metadata, "format")
     return tuple(Loss(f"metadata {key}", "a torch file has no place for metadata") for key in kept)
@@ -148,7 +161,9 @@ def _selected(adapter: Adapter, component: str | None) -> Adapter:
         return adapter
     patches = {key: patch for key, patch in adapter.patches.items() if key[0] == component}
     if not patches:
-        raise UsageProblem(f"the adapter has no component {component!r}", hint=f"it has {', '.join(adapter.components())}")
+        raise UsageProblem(
+            f"the adapter has no component {component!r}", hint=f"it has {', '.join(adapter.components())}"
+        )
     return replace(adapter, patches=MappingProxyType(patches), embeddings=(), extras=MappingProxyType({}))
 
 
@@ -170,7 +185,9 @@ def _emit(adapter: Adapter, layout: str, parsed: Parsed, asked: str | None) -> E
     emissions = [emit(adapter, layout, family=name) for name in parsed.candidates]
     if any(list(other.tensors) != list(emissions[0].tensors) for other in emissions[1:]):
         names = ", ".join(parsed.candidates)
-        raise UnknownFamily(f"this adapter fits {names}, which {layout} spells differently", hint="name one with --family")
+        raise UnknownFamily(
+            f"this adapter fits {names}, which {layout} spells differently", hint="name one with --family"
+        )
     return emissions[0]
 
 
@@ -178,14 +195,16 @@ def _container_of(emission: Emission, asked: str | None) -> str:
     """``safetensors``, ``torch-zip`` or ``peft-folder``: what the layout demands, else what was asked."""
     if emission.container == "torch-list":
         if asked == "safetensors":
-            raise UsageProblem("a positional list is a torch file", hint="name the output .pt, or use layout cloneofsimo")
+            raise UsageProblem(
+                "a positional list is a torch file", hint="name the output .pt, or use layout cloneofsimo"
+            )
         return "torch-zip"
     if emission.container == "peft-folder":
         return "peft-folder"
     return asked or "safetensors"
 
 
-def _encoding(file: TensorFile, encoding: str, format: str | None) -> Plan:
+def _encoding(file: TensorFile, encoding: str, container: str | None) -> Plan:
     """Another encoding of a textual inversion; the bytes of the vectors stay."""
     tensors, _ = unwrapped(file)
     scalars = {key: _value(text) for key, text in file.metadata.items()}
@@ -194,12 +213,14 @@ def _encoding(file: TensorFile, encoding: str, format: str | None) -> Plan:
         text = "neither an adapter layout nor an embedding encoding explains this file"
         raise ConversionError(text, path=file.path, hint=f"hubtool explain {file.path}")
     tree = emit_embedding(found.embeddings, encoding, extra=scalars)
-    torch = encoding in ("a1111", "raw", "diffusers-bin") or format == "torch-zip"
-    if torch and format == "safetensors":
-        raise UsageProblem(f"encoding {encoding} is a torch file", hint="name the output .pt, or use encoding kohya or diffusers")
-    flat = tree if isinstance(tree, dict) else {"0": tree}
-    if encoding == "a1111":
-        flat = dict(flat["string_to_param"])
+    torch = encoding in ("a1111", "raw", "diffusers-bin") or container == "torch-zip"
+    if torch and container == "safetensors":
+        raise UsageProblem(
+            f"encoding {encoding} is a torch file", hint="name the output .pt, or use encoding kohya or diffusers"
+        )
+    flat: dict[str, Expr] = tree if isinstance(tree, dict) else {"0": tree}
+    if encoding == "a1111" and isinstance(tree, dict):
+        flat = tree["string_to_param"]
     tokens = json.dumps([item.token for item in found.embeddings])
     return Plan(
         source=file.path,

@@ -36,7 +36,9 @@ def execute(plan: Plan, output: Path, *, force: bool = False, progress: Progress
 def _root(output: Path) -> str:
     """torch names the archive's folder after the file; anything unusual becomes ``archive``, as torch itself does for streams."""
     stem = output.stem
-    return stem if stem.isascii() and stem.isprintable() and stem.strip(".") and not set(stem) & set("/\\:") else "archive"
+    return (
+        stem if stem.isascii() and stem.isprintable() and stem.strip(".") and not set(stem) & set("/\\:") else "archive"
+    )
 
 
 def _peft_folder(plan: Plan, output: Path) -> int:
@@ -55,7 +57,9 @@ def execute_in_place(plan: Plan, file: TensorFile) -> int:
         raise ConversionError("only a safetensors file can be renamed in place", path=file.path)
     places = {ref.start: (key, expr.shape, ref) for key, expr in plan.tensors.items() for ref in [_whole(expr)] if ref}
     own = {ref.start: ref for ref in file.tensors.values() if ref.start < ref.end}
-    if len(places) != len(plan.tensors) or {s: p[2].end for s, p in places.items()} != {s: r.end for s, r in own.items()}:
+    if len(places) != len(plan.tensors) or {s: p[2].end for s, p in places.items()} != {
+        s: r.end for s, r in own.items()
+    }:
         raise ConversionError(
             "this conversion changes more than names", path=file.path, hint="write a new file with -o"
         )

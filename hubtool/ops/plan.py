@@ -47,7 +47,9 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        return sum({(r.path, r.start, r.end): r.end - r.start for t in self.tensors.values() for r in sources(t)}.values())
+        return sum(
+            {(r.path, r.start, r.end): r.end - r.start for t in self.tensors.values() for r in sources(t)}.values()
+        )
 
     @property
     def needs_torch(self) -> bool:

@@ -25,7 +25,12 @@ class Verdict:
     missing: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"modules": self.modules, "worst_relative_error": self.worst, "module": self.where, "missing": list(self.missing)}
+        return {
+            "modules": self.modules,
+            "worst_relative_error": self.worst,
+            "module": self.where,
+            "missing": list(self.missing),
+        }
 
 
 def compare(before: TensorFile, after: TensorFile, family: str | None = None) -> Verdict:
@@ -83,7 +88,9 @@ def _compare_tensors(before: TensorFile, after: TensorFile) -> Verdict:
     first, second = (dict(_tensors(file)) for file in (before, after))
     # encodings of embeddings rename their keys: compare by position when there are as many tensors
     names = zip(first, first if set(first) <= set(second) else second, strict=False)
-    errors = {a: 0.0 if to_bytes(first[a]) == to_bytes(second[b]) else _relative_tensor(first[a], second[b]) for a, b in names}
+    errors = {
+        a: 0.0 if to_bytes(first[a]) == to_bytes(second[b]) else _relative_tensor(first[a], second[b]) for a, b in names
+    }
     worst = max(errors, key=lambda key: errors[key], default=None)
     missing = tuple(first)[len(errors) :]
     return Verdict(len(errors), errors[worst] if worst else 0.0, worst, missing)
@@ -98,5 +105,3 @@ def _relative_tensor(before: Expr, after: Expr) -> float:
 def _tensors(file: TensorFile) -> Iterator[tuple[str, Expr]]:
     for name, ref in unwrapped(file)[0].items():
         yield name, Read(ref)
-
-

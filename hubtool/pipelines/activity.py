@@ -15,8 +15,12 @@ from hubtool.pipelines import live
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """``active``: component -> names; ``scaling``: (component, module) -> adapter -> scale times strength; ``trains``: parameter flags."""
+    """``present`` and ``active``: component -> adapter names. ``scaling``: (component, module) -> adapter -> scale times strength.
 
+    ``trains``: the ``requires_grad`` flag of every parameter.
+    """
+
+    present: dict[str, set[str]]
     active: dict[str, list[str]]
     scaling: dict[tuple[str, str], dict[str, float]]
     trains: list[tuple[Any, bool]]
@@ -24,21 +28,33 @@ class Activity:
 
 def observe(pipe: Any) -> Activity:
     """Remember the present state of all components."""
-    scaling: dict[tuple[str, str], dict[str, float]] = {}
-    active = {}
-    for component, model in live.components(pipe).items():
-        active[component] = _active(model)
-        scaling |= {(component, path): dict(layer.scaling) for path, layer in live.layers(model)}
-    models = live.components(pipe).values()
-    return Activity(active, scaling, [(p, p.requires_grad) for model in models for p in model.parameters()])
+    models = live.components(pipe)
+    return Activity(
+        present={component: set(getattr(model, "peft_config", None) or ()) for component, model in models.items()},
+        active={component: _active(model) for component, model in models.items()},
+        scaling={(c, path): dict(layer.scaling) for c, model in models.items() for path, layer in live.layers(model)},
+        trains=[(parameter, parameter.requires_grad) for model in models.values() for parameter in model.parameters()],
+    )
 
 
-def restore(pipe: Any, before: Activity, *, without: str | None = None) -> None:
+def restore(pipe: Any, before: Activity, *, without: str) -> None:
     """Put everything back as it was, except adapter ``without``, which is gone."""
-    for component in live.components(pipe):
-        activate(pipe, component, [name for name in before.active[component] if name != without])
+    activate(pipe, before, without=without)
     restore_scaling(pipe, before)
     restore_training(before.trains)
+
+
+def activate(pipe: Any, before: Activity, *, added: str | None = None, without: str | None = None) -> None:
+    """Make active what was active, and ``added``, but not ``without``.
+
+    As diffusers does, a component also lists active adapters that it does not have: ``get_active_adapters`` reads one component only.
+    """
+    everywhere = dict.fromkeys(name for names in before.active.values() for name in names if name != without)
+    for component, model in live.components(pipe).items():
+        own, present = before.active[component], before.present[component]
+        names = [name for name in everywhere if name in own or name not in present]
+        for _, layer in live.layers(model):
+            layer.set_adapter([*names, added] if added else names)
 
 
 def restore_scaling(pipe: Any, before: Activity) -> None:
@@ -53,12 +69,6 @@ def restore_training(trains: Iterable[tuple[Any, bool]]) -> None:
     """Put the ``requires_grad`` flags back."""
     for parameter, flag in trains:
         parameter.requires_grad_(flag)
-
-
-def activate(pipe: Any, component: str, names: list[str]) -> None:
-    """Make exactly ``names`` active in every wrapped module of ``component``, each keeping its scale."""
-    for _, layer in live.layers(live.components(pipe)[component]):
-        layer.set_adapter(names)
 
 
 def _active(model: Any) -> list[str]:

@@ -106,8 +106,9 @@ def component(pipe: Any, name: str) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers and PEFT from reporting, and drawing a progress bar for, what is checked here anyway."""
+def aside() -> Iterator[None]:
+    """Work of diffusers without side effects: no reports and progress bars of what is checked here anyway, no random numbers used."""
+    import torch
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -115,8 +116,8 @@ def quiet() -> Iterator[None]:
     if bars:
         logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), torch.random.fork_rng(_cuda()):
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
@@ -124,8 +125,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _cuda() -> list[int]:
+    import torch
+
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
 def _has(model: Any, path: str) -> bool:
+    """Whether ``path`` is a module of the model itself: the inside of PEFT's wrappers does not count."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     module = model
     for part in path.split("."):
-        module = getattr(module, "_modules", {}).get(part) if module is not None else None
+        if isinstance(module, BaseTunerLayer) or part not in getattr(module, "_modules", ()):
+            return False
+        module = module._modules[part]
     return module is not None

@@ -48,8 +48,7 @@ def load_layers(pipe: Any, plans: Plans, name: str, strength: float, *, trainabl
         undo.pop_all()
     _settle(pipe, plans, name, strength, before)
     parameters = [parameter for component in plans for parameter in _parameters(live.component(pipe, component), name)]
-    if not trainable:
-        restore_training(before.trains)
+    restore_training((p, flag and not trainable) for p, flag in before.trains)
     for parameter in parameters:
         parameter.requires_grad_(trainable)
     return parameters
@@ -87,11 +86,14 @@ def _hand_over(pipe: Any, component: str, layers: list[LayerPlan], name: str) ->
     quick = settings | {key: grouped(settings[key]) for key in _PATTERNS}
     metadata = {f"{component}.{key}": value for key, value in quick.items()}
     options = {"adapter_name": name, "metadata": metadata, "low_cpu_mem_usage": True, "_pipeline": pipe}
-    with live.quiet():
-        if component.startswith("text_encoder"):
-            pipe.load_lora_into_text_encoder(state, None, model, prefix=component, **options)
-        else:
-            model.load_lora_adapter(state, prefix=component, **options)
+    with live.aside():
+        try:
+            if component.startswith("text_encoder"):
+                pipe.load_lora_into_text_encoder(state, None, model, prefix=component, **options)
+            else:
+                model.load_lora_adapter(state, prefix=component, **options)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise LoadMismatch(f"diffusers refused the factors of {component}: {error}") from error
     for key in _PATTERNS:  # what diffusers and PEFT will write into files: plain paths
         setattr(model.peft_config[name], key, settings[key])
     _keep_dtype(model, layers, name)
@@ -134,8 +136,7 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 
 def _settle(pipe: Any, plans: Plans, name: str, strength: float, before: Activity) -> None:
-    for component in plans:
-        activate(pipe, component, [*before.active[component], name])
+    activate(pipe, before, added=name)
     restore_scaling(pipe, before)
     for component in plans:
         for layer in live.adapter_layers(live.component(pipe, component), name).values():

@@ -15,7 +15,7 @@ from hubtool.pipelines import live
 from hubtool.pipelines.lora import layer_parameters
 from hubtool.pipelines.report import records
 from hubtool.tensors.dtypes import FROM_TORCH, TORCH_NAME
-from hubtool.tensors.expr import Expr, Literal
+from hubtool.tensors.expr import Expr, Literal, reshape
 from hubtool.tensors.writer import write_safetensors
 
 _SHOWN = 3
@@ -71,9 +71,16 @@ def _patch(layer: Any, name: str, dtype: str | None) -> LowRank:
         up=tensors["lora_B.weight"],
         down=tensors["lora_A.weight"],
         alpha_value=float(layer.lora_alpha[name]),
-        dora_scale=tensors.get("lora_magnitude_vector.weight"),
+        dora_scale=_per_output(tensors.get("lora_magnitude_vector.weight")),
         rank_stabilised=bool(layer.use_rslora.get(name, False)),
     )
+
+
+def _per_output(magnitude: Expr | None) -> Expr | None:
+    """PEFT's convolution magnitude (1, out, 1, 1) as (out, 1, 1, 1), which says by itself that it is one per output."""
+    if magnitude is None or len(magnitude.shape) == 1:
+        return magnitude
+    return reshape(magnitude, (magnitude.shape[1], magnitude.shape[0], *magnitude.shape[2:]))
 
 
 def _embeddings(pipe: Any, tokens: Mapping[str, tuple[str, ...]]) -> tuple[Embedding, ...]:

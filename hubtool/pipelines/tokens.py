@@ -77,7 +77,7 @@ def unload_tokens(pipe: Any, added: Tokens) -> None:
     for component, names in added.items():
         encoder, tokenizer = live.encoders(pipe)[component]
         flag = encoder.get_input_embeddings().weight.requires_grad
-        with live.quiet():
+        with live.aside():
             pipe.unload_textual_inversion(list(names), tokenizer=tokenizer, text_encoder=encoder)
         table = encoder.get_input_embeddings()
         table.weight.data = table.weight.data.clone()  # diffusers leaves a view of the longer table
@@ -155,11 +155,9 @@ def _unserved(pipe: Any, plans: list[TokenPlan]) -> list[Finding]:
 
 
 def _add(pipe: Any, one: TokenPlan) -> None:
-    import torch
-
     encoder, tokenizer = live.encoders(pipe)[one.encoder]
     flag = encoder.get_input_embeddings().weight.requires_grad
-    with live.quiet(), torch.random.fork_rng(devices=[]):  # resizing draws random rows, all of which are overwritten
+    with live.aside():  # resizing draws random rows, all of which are overwritten
         pipe.load_textual_inversion(one.vectors, token=one.token, text_encoder=encoder, tokenizer=tokenizer)
     encoder.get_input_embeddings().weight.requires_grad_(flag)
 

@@ -59,7 +59,7 @@ def _rows(reader: Reader, found: Sequence[tuple[Any, ...]]) -> list[Row]:
 
 def _row(row: tuple[Any, ...], places: tuple[Place, ...], words: tuple[str, ...], tags: tuple[str, ...]) -> Row:
     facts: dict[str, Any] = dict(zip(_NAMES, row, strict=True))
-    facts["dtypes"] = tuple(facts["dtypes"].split(",")) if facts["dtypes"] else ()
+    facts["dtypes"] = tuple(facts["dtypes"].upper().split(",")) if facts["dtypes"] else ()
     return Row(**facts, places=places, trigger_words=words, tags=tags)
 
 

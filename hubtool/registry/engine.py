@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, RootTransaction, create_engine, event, exc
 from sqlalchemy.engine import URL
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import QueuePool
 
 from hubtool.errors import LibraryLocked, MissingExtra, RegistryError
 from hubtool.registry import settings
@@ -24,7 +24,7 @@ def make_engine(target: str, *, busy_ms: int = settings.BUSY_MS) -> Engine:
     if path is None:
         return _server_engine(target)
     url = URL.create("sqlite", database=str(path))
-    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": busy_ms / 1000})
+    engine = create_engine(url, poolclass=QueuePool, pool_size=1, connect_args={"timeout": busy_ms / 1000})
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
     return engine

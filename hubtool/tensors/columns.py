@@ -3,7 +3,8 @@
 Between double quotes, an entry of a compact header always reads ``name :{ dtype : F16 , shape :[320,4], data_offsets :[0,2560]},``:
 ten texts. Splitting the whole header at its quotes therefore gives ten columns that are checked and converted at C speed, faster
 than ``json.loads`` alone. Offsets are not even parsed: for tensors in order they are the one text that follows from the shapes.
-It accepts a subset of what ``header.parse`` accepts and reads it alike; anything else is None and takes the long way.
+It accepts a subset of what ``header.parse`` accepts and reads it alike; anything else, and any name or shape worth a finding, is
+None and takes the long way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _OPENING = '{"__metadata__":'
 _LABELS = ((2, ":{"), (3, "dtype"), (4, ":"), (6, ","), (7, "shape"), (9, "data_offsets"))
 _PERIOD = 10
 _SHAPE = re.compile(r":\[((?:0|[1-9][0-9]{0,17})(?:,(?:0|[1-9][0-9]{0,17}))*)?\],")
+_LONG_NAME = 1024
+_ABSURD = 1 << 31
 _PRINTABLE = bytes(range(0x20, 0x7F))
 
 Type = tuple[Shape, int]  # shape, bytes
@@ -43,7 +46,7 @@ def parse_columns(raw: bytes, body: int, path: Path) -> tuple[dict[str, TensorRe
         return None
     names, dtypes = tokens[1::_PERIOD], tokens[5::_PERIOD]
     types = list(map(_type, dtypes, tokens[8::_PERIOD]))
-    if None in types or not is_printable("".join(names)):
+    if None in types or not _ordinary(names):
         return None
     ends = list(accumulate(size for _, size in types))  # type: ignore[misc]
     if tokens[0] or ends[-1:] != [body] or "".join(tokens[10::_PERIOD]) != _offsets(ends):
@@ -52,9 +55,15 @@ def parse_columns(raw: bytes, body: int, path: Path) -> tuple[dict[str, TensorRe
     return (tensors, metadata) if len(tensors) == count and "__metadata__" not in tensors else None
 
 
-def is_printable(text: str) -> bool:
-    """Whether ASCII ``text`` holds no control characters; several times faster than ``str.isprintable``."""
-    return not text.encode().translate(None, _PRINTABLE)
+def _ordinary(names: list[str]) -> bool:
+    """Whether ASCII names are printable and not worth a finding: short, without markup, ``..`` and leading underscores."""
+    text = " ".join(["", *names, ""])
+    if text.encode().translate(None, _PRINTABLE) or "<" in text:
+        return False
+    # rfind was measured to be four times faster than ``in`` for these
+    if text.rfind("..") >= 0 or text.rfind(" __") >= 0 or text.rfind("  ") >= 0:
+        return False
+    return len(text) <= _LONG_NAME or max(map(len, names)) <= _LONG_NAME
 
 
 def _split_metadata(text: str) -> tuple[dict[str, str], str]:
@@ -78,7 +87,9 @@ def _type(dtype: str, shape: str) -> Type | None:
         return None
     sizes = tuple(map(int, match[1].split(","))) if match[1] else ()
     bits = numel(sizes) * BITS[dtype]
-    return None if bits % 8 or len(sizes) > MAX_RANK else (sizes, bits // 8)
+    if bits % 8 or len(sizes) > MAX_RANK or max(sizes, default=0) > _ABSURD:
+        return None
+    return sizes, bits // 8
 
 
 def _offsets(ends: list[int]) -> str:

@@ -94,18 +94,22 @@ def coalesce(stream: Iterator[Piece]) -> Iterator[Piece]:
         yield last
 
 
-def chunks(expr: Expr) -> Iterator[bytes | memoryview]:
+def chunks(expr: Expr, sources: Sources | None = None) -> Iterator[bytes | memoryview]:
     """Stream the row-major little-endian bytes of ``expr``, at most 4 MiB at a time where they come from a file.
 
-    A ``memoryview`` is valid until the next one is asked for. Raises ``CorruptFile`` where a file ends early.
+    A ``memoryview`` is valid until the next one is asked for. With ``sources`` given, its files stay open for the next expression.
+    Raises ``CorruptFile`` where a file ends early.
     """
-    with Sources() as sources:
-        buffer = memoryview(bytearray(min(CHUNK, size(expr))))
-        for piece in coalesce(pieces(expr, sources)):
-            if isinstance(piece, bytes):
-                yield piece
-            else:
-                yield from _stream(piece, sources, buffer)
+    if sources is None:
+        with Sources() as own:
+            yield from chunks(expr, own)
+        return
+    buffer = memoryview(bytearray(min(CHUNK, size(expr))))
+    for piece in coalesce(pieces(expr, sources)):
+        if isinstance(piece, bytes):
+            yield piece
+        else:
+            yield from _stream(piece, sources, buffer)
 
 
 def to_bytes(expr: Expr) -> bytes:

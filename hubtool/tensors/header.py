@@ -36,7 +36,7 @@ class Header:
     tensors: dict[str, TensorRef]
     metadata: dict[str, str]
     unknown_fields: tuple[str, ...] = ()
-    plain: bool = False  # names are known to be printable ASCII
+    plain: bool = False  # compact, with nothing worth a finding in names and shapes
 
     @property
     def data_start(self) -> int:
@@ -105,7 +105,8 @@ def _checked(raw: bytes, document: dict[str, Any], body: int, path: Path) -> Hea
     for name, entry in document.items():
         dtype, shape, begin, end = _entry(name, entry)
         tensors[name] = TensorRef(name, dtype, shape, path, base + begin, base + end)
-        unknown.update(entry.keys() - _FIELDS)
+        if len(entry) > len(_FIELDS):
+            unknown.update(entry.keys() - _FIELDS)
     _check_tiling([(ref.start - base, ref.end - base) for ref in tensors.values()], body)
     return Header(raw, tensors, metadata, tuple(sorted(unknown)))
 
@@ -117,25 +118,29 @@ def _metadata(value: Any) -> dict[str, str]:
 
 
 def _entry(name: str, entry: Any) -> tuple[str, Shape, int, int]:
-    short = name if len(name) < 80 else name[:77] + "..."
     if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
-        raise _HeaderError(f"the entry of {short!r} lacks dtype, shape or data_offsets")
+        raise _HeaderError(f"the entry of {_short(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _HeaderError(f"{short!r} has an unknown dtype")
+        raise _HeaderError(f"{_short(name)} has an unknown dtype")
     if not _naturals(shape) or len(shape) > MAX_RANK:
-        raise _HeaderError(f"{short!r} has an impossible shape")
+        raise _HeaderError(f"{_short(name)} has an impossible shape")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _HeaderError(f"{short!r} has impossible offsets")
+        raise _HeaderError(f"{_short(name)} has impossible offsets")
     begin, end = offsets
-    if (end - begin) * 8 != numel(shape) * BITS[dtype]:
-        raise _HeaderError(f"{short!r} needs {numel(shape) * BITS[dtype] / 8:g} bytes and spans {end - begin}")
+    bits = numel(shape) * BITS[dtype]
+    if (end - begin) * 8 != bits:
+        raise _HeaderError(f"{_short(name)} needs {bits} bits and spans {end - begin} bytes")
     return dtype, tuple(shape), begin, end
+
+
+def _short(name: str) -> str:
+    return ascii(name if len(name) < 80 else name[:77] + "...")
 
 
 def _naturals(value: Any) -> bool:
     # type() and not isinstance(): True is an int to Python and no number to JSON
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < _LIMIT for item in value)
+    return type(value) is list and all(type(item) is int and 0 <= item < _LIMIT for item in value)
 
 
 def _check_tiling(spans: list[tuple[int, int]], body: int) -> None:

@@ -71,5 +71,5 @@ def consecutive(rows: Iterable[tuple[str, str, tuple[Shape, int], int]], path: P
         draft.end = start = base + end
         draft.strides = draft.inline = None
         tensors[name] = draft  # type: ignore[assignment]
-        draft.__class__ = TensorRef
+        draft.__class__ = TensorRef  # type: ignore[assignment]
     return tensors

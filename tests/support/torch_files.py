@@ -27,12 +27,27 @@ def numbers(values: Iterable[int]) -> bytes:
     return b"(" + b"".join(map(number, values)) + b"t"
 
 
-def storage(key: str = "0", kind: str = "FloatStorage", numel: int = 4, location: str = "cpu", view: bytes = b"") -> bytes:
-    return b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text(location) + number(numel) + view + b"tQ"
+def storage(
+    key: str = "0", kind: str = "FloatStorage", numel: int = 4, location: str = "cpu", view: bytes = b""
+) -> bytes:
+    return (
+        b"("
+        + text("storage")
+        + f"ctorch\n{kind}\n".encode()
+        + text(key)
+        + text(location)
+        + number(numel)
+        + view
+        + b"tQ"
+    )
 
 
 def tensor(
-    shape: Iterable[int] = (2, 2), stride: Iterable[int] = (2, 1), offset: int = 0, inner: bytes | None = None, more: bytes = b""
+    shape: Iterable[int] = (2, 2),
+    stride: Iterable[int] = (2, 1),
+    offset: int = 0,
+    inner: bytes | None = None,
+    more: bytes = b"",
 ) -> bytes:
     """Opcodes of ``_rebuild_tensor_v2``."""
     body = (inner or storage()) + number(offset) + numbers(shape) + numbers(stride)
@@ -47,9 +62,15 @@ def pickled(body: bytes) -> bytes:
     return b"\x80\x02" + body + b"."
 
 
-def zip_bytes(body: bytes, records: Mapping[str, bytes] | None = None, *, method: int = zipfile.ZIP_STORED, root: str = "archive") -> bytes:
+def zip_bytes(
+    body: bytes, records: Mapping[str, bytes] | None = None, *, method: int = zipfile.ZIP_STORED, root: str = "archive"
+) -> bytes:
     """A torch zip around ``body`` (opcodes of the object). ``records``: storages and other members by name below the root."""
-    members = {"data.pkl": pickled(body), "version": b"3\n", **({"data/0": floats(1, 2, 3, 4)} if records is None else records)}
+    members = {
+        "data.pkl": pickled(body),
+        "version": b"3\n",
+        **({"data/0": floats(1, 2, 3, 4)} if records is None else records),
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, data in members.items():
@@ -61,7 +82,9 @@ def floats(*values: float) -> bytes:
     return struct.pack(f"<{len(values)}f", *values)
 
 
-def legacy_bytes(body: bytes, records: Mapping[str, tuple[int, bytes]] | None = None, *, magic: Any = MAGIC, tail: bytes = b"") -> bytes:
+def legacy_bytes(
+    body: bytes, records: Mapping[str, tuple[int, bytes]] | None = None, *, magic: Any = MAGIC, tail: bytes = b""
+) -> bytes:
     """A legacy stream around ``body``. ``records``: storage key -> (elements, bytes)."""
     records = {"0": (4, floats(1, 2, 3, 4))} if records is None else records
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}

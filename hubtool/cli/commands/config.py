@@ -57,11 +57,10 @@ def settings(state: State) -> dict[str, Any]:
 
 def library(state: State) -> tuple[str, str]:
     """Path or URL of the library (a password in it is hidden), and what set it."""
-    if state.library:
-        return _without_password(state.library), "--library"
-    if os.environ.get("HUBTOOL_LIBRARY"):
-        return _without_password(os.environ["HUBTOOL_LIBRARY"]), "HUBTOOL_LIBRARY"
-    return str(user_data_path("hubtool") / "library.sqlite3"), "default"
+    from hubtool.actions.library import default_target
+
+    named = "HUBTOOL_LIBRARY" if os.environ.get("HUBTOOL_LIBRARY") else "default"
+    return _without_password(default_target(state.library)), "--library" if state.library else named
 
 
 def _without_password(place: str) -> str:

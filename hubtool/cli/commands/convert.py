@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,8 +29,12 @@ Examples:
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (one source).")
 @click.option("--out-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for the outputs.")
-@click.option("--layout", help="Key layout (kohya, diffusers, comfy, peft ...) or embedding encoding (a1111, kohya ...).")
-@click.option("--format", "container", type=click.Choice(sorted(set(SUFFIXES.values()))), help="Container; default: by suffix.")
+@click.option(
+    "--layout", help="Key layout (kohya, diffusers, comfy, peft ...) or embedding encoding (a1111, kohya ...)."
+)
+@click.option(
+    "--format", "container", type=click.Choice(sorted(set(SUFFIXES.values()))), help="Container; default: by suffix."
+)
 @click.option("--dtype", help="Round the floating tensors to fp16, bf16 or fp32.")
 @click.option("--family", help="Family of the base, where the file cannot tell.")
 @click.option("--component", help="Only this component (unet, text_encoder ...).")
@@ -40,38 +45,24 @@ Examples:
 @dry_run_option
 @json_option
 @pass_state
-def command(
-    state: State,
-    sources: tuple[Path, ...],
-    out: Path | None,
-    out_dir: Path | None,
-    layout: str | None,
-    container: str | None,
-    dtype: str | None,
-    family: str | None,
-    component: str | None,
-    in_place: bool,
-    verify: bool,
-    allow_loss: bool,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def command(state: State, sources: tuple[Path, ...], out: Path | None, out_dir: Path | None, **asked: Any) -> None:
     """Convert SOURCES without losing a number.
 
     A loss is refused unless allowed. The header keeps a receipt of the origin, so that converting back gives the same bytes.
     """
-    target = Target(container, layout, dtype, family, component)
-    options = Options(allow_loss, force, dry_run, in_place, verify, state.library)
-    if out and (out_dir or len(sources) > 1 or in_place):
+    target = Target(*(asked[name] for name in ("container", "layout", "dtype", "family", "component")))
+    options = Options(
+        *(asked[name] for name in ("allow_loss", "force", "dry_run", "in_place", "verify")), state.library
+    )
+    if out and (out_dir or len(sources) > 1 or options.in_place):
         raise UsageProblem("-o names one output", hint="give --out-dir for several sources")
-    if not (out or out_dir or in_place or dry_run):
+    if not (out or out_dir or options.in_place or options.dry_run):
         raise UsageProblem("no output is named", hint="give -o OUT, --out-dir DIR, --in-place or --dry-run")
     if len(sources) == 1:
-        destination = out or (_beside(sources[0], out_dir, container) if out_dir else None)
-        _report(_one(sources[0], destination, target, options), as_json)
+        destination = out or (_beside(sources[0], out_dir, target.format) if out_dir else None)
+        _report(_one(sources[0], destination, target, options), asked["as_json"])
         return
-    _many(sources, out_dir, target, options, as_json)
+    _many(sources, out_dir, target, options, asked["as_json"])
 
 
 def _one(source: Path, destination: Path | None, target: Target, options: Options) -> Converted:
@@ -115,7 +106,9 @@ def _describe(done: Converted) -> None:
     plan = done.plan
     where = done.output or "(dry run)"
     output.show(f"{plan.source} -> {where}")
-    output.show(f"  {plan.format}, layout {plan.layout or '-'}, {len(plan.tensors)} tensors, {output.human_size(done.size)}, {plan.fidelity}")
+    output.show(
+        f"  {plan.format}, layout {plan.layout or '-'}, {len(plan.tensors)} tensors, {output.human_size(done.size)}, {plan.fidelity}"
+    )
     for loss in plan.losses:
         output.show(f"  loss: {loss.what}: {loss.reason}")
     for module, why in list(plan.rounded.items())[:5]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -27,21 +26,13 @@ def command(state: State, ref: str, as_json: bool) -> None:
 
     What the metadata claims is listed beside what the tensors show; where they differ, the tensors win.
     """
-    from hubtool.actions.inspect import inspect
+    from hubtool.actions.inspect import inspect, locate
 
-    document = inspect(_path(ref, state), hashes=False).to_json()
+    document = inspect(locate(ref, state.library), hashes=False).to_json()
     if as_json:
         print_json({axis: document[axis] for axis in _AXES})
     else:
         show("\n".join(_lines(document)))
-
-
-def _path(ref: str, state: State) -> str:
-    if Path(ref).exists():
-        return ref
-    from hubtool.actions.library import locate
-
-    return locate(state.library, ref)
 
 
 def _lines(doc: Mapping[str, Any]) -> Iterator[str]:

@@ -11,6 +11,8 @@ from hubtool.cli.context import State, json_option, pass_state
 from hubtool.cli.facts import facts
 from hubtool.cli.output import print_json, show
 
+_SIDES = {"parents": "made by", "children": "made into, by"}
+
 
 @click.command()
 @click.argument("ref")

@@ -76,7 +76,9 @@ def _claimed_rank(file: TensorFile, parsed: Parsed) -> Iterable[Finding]:
     claim = file.metadata.get("ss_network_dim", "")
     ranks = {patch.rank for patch in parsed.adapter.patches.values()}
     if claim.isdecimal() and int(claim[:9]) not in ranks and ranks != {None}:
-        text = f"metadata claims rank {claim[:9]}, the tensors have {', '.join(map(str, sorted(r for r in ranks if r)))}"
+        text = (
+            f"metadata claims rank {claim[:9]}, the tensors have {', '.join(map(str, sorted(r for r in ranks if r)))}"
+        )
         yield Finding("claim-contradicts", "warning", text)
 
 
@@ -107,6 +109,8 @@ def _foreign_peft(file: TensorFile) -> Identity | None:
         kind="lora" if method == "lora" else "unknown",
         algorithm=method,
         variant="peft-folder",
-        findings=(Finding("peft-method", "info", f"a PEFT adapter of type {method}; its tensors are kept, not understood"),),
+        findings=(
+            Finding("peft-method", "info", f"a PEFT adapter of type {method}; its tensors are kept, not understood"),
+        ),
         evidence=(f"adapter_config.json names peft_type {method}",),
     )

@@ -1,0 +1,95 @@
+"""Adapters made from a family's vocabulary with random factors, as the IR and as files of any layout."""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import MappingProxyType
+
+from hubtool.adapters.ir import Adapter, ModuleKey
+from hubtool.adapters.low_rank import LowRank
+from hubtool.layouts import emit, tables
+from hubtool.layouts.vocabulary import vocabulary
+from hubtool.tensors.expr import Literal
+from hubtool.tensors.writer import write_safetensors
+from hubtool.types import Shape
+
+_CODE = {"F32": "f", "F16": "e"}
+# random byte -> top byte of a number between 0.125 and 1 of either sign
+_TOP = {
+    "F32": bytes((0x3E, 0xBE)[b & 1] for b in range(256)),
+    "F16": bytes(0x30 | (b & 0x80) | (b & 7) for b in range(256)),
+}
+
+
+def values(shape: Shape, seed: int, dtype: str = "F32") -> Literal:
+    """Random finite numbers between 0.125 and 1 in size; equal seeds give equal tensors. Fast: bytes, not arithmetic."""
+    width = struct.calcsize(_CODE[dtype])
+    raw = bytearray(random.Random(seed).randbytes(width * math.prod(shape)))
+    raw[width - 1 :: width] = raw[width - 1 :: width].translate(_TOP[dtype])
+    return Literal(bytes(raw), dtype, shape)
+
+
+def scalar(value: float, dtype: str = "F32") -> Literal:
+    return Literal(struct.pack(f"<{_CODE[dtype]}", value), dtype, ())
+
+
+def attention(family: str, limit: int | None = None) -> list[ModuleKey]:
+    """The attention and feed-forward projections kohya trains, over every component, ``limit`` per component."""
+    found: list[ModuleKey] = []
+    for component, modules in vocabulary(family).modules.items():
+        names = [m for m, parameters in modules.items() if _trained(m) and len(parameters.get("weight", ())) >= 2]
+        found += [(component, name) for name in names[:limit]]
+    return found
+
+
+def _trained(name: str) -> bool:
+    return ".attn" in name or ".ff.net" in name or "_proj" in name or ".mlp.fc" in name
+
+
+def make(
+    family: str,
+    modules: Iterable[ModuleKey] | None = None,
+    *,
+    ranks: tuple[int, ...] = (4,),
+    alphas: tuple[float | None, ...] = (None,),
+    dtype: str = "F32",
+    seed: int = 0,
+) -> Adapter:
+    """An adapter of real names and shapes. Ranks and alphas are dealt out in turn."""
+    patches = {}
+    for i, (component, path) in enumerate(modules if modules is not None else attention(family, 6)):
+        shape = vocabulary(family).weight_shape(component, path)
+        assert shape is not None, path
+        rank, alpha = ranks[i % len(ranks)], alphas[i % len(alphas)]
+        ones = (1,) * (len(shape) - 2)
+        patches[component, path] = LowRank(
+            up=values((shape[0], rank, *ones), seed + 2 * i, dtype),
+            down=values((rank, *shape[1:]), seed + 2 * i + 1, dtype),
+            alpha=None if alpha is None else scalar(alpha, dtype),
+            alpha_value=alpha,
+        )
+    return Adapter(family, MappingProxyType(patches))
+
+
+def write(adapter: Adapter, path: Path, layout: str, metadata: dict[str, str] | None = None) -> Path:
+    """Write the adapter as a safetensors file in ``layout``."""
+    emission = emit(adapter, layout)
+    assert not emission.losses, emission.losses
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, emission.tensors, {**emission.metadata, **(metadata or {})} or None)
+    return path
+
+
+def layouts(family: str) -> list[str]:
+    """Every (syntax, naming) a safetensors file of the family can have, positional ones apart."""
+    names = ["diffusers", *tables.family(family).namings]
+    syntaxes = [
+        s
+        for s in tables.syntaxes().values()
+        if s.container == "safetensors" and not s.positional and "up" in s.roles["*"]
+    ]
+    return [f"{s.id}/{naming}" for s in syntaxes for naming in names if s.allows(naming)]
