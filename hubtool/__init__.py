@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hubtool.actions.convert import convert
     from hubtool.actions.inspect import inspect
+    from hubtool.actions.load import load, save, unload
     from hubtool.actions.scan import scan
     from hubtool.formats import open_file
-    from hubtool.pipelines import load, save, unload
 
 __version__ = "0.1.0"
 
@@ -22,11 +22,11 @@ __all__ = ["__version__", "convert", "inspect", "load", "open_file", "save", "sc
 _HOMES = {
     "convert": "hubtool.actions.convert",
     "inspect": "hubtool.actions.inspect",
-    "load": "hubtool.pipelines",
+    "load": "hubtool.actions.load",
     "open_file": "hubtool.formats",
-    "save": "hubtool.pipelines",
+    "save": "hubtool.actions.load",
     "scan": "hubtool.actions.scan",
-    "unload": "hubtool.pipelines",
+    "unload": "hubtool.actions.load",
 }
 
 

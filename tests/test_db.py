@@ -37,8 +37,10 @@ def pragma(store: Store, name: str) -> object:
 
 
 def definitions(path: Path) -> dict[str, str]:
-    rows = sqlite3.connect(path).execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'")
-    return {name: sql for name, sql in rows}
+    rows = sqlite3.connect(path).execute(
+        "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'"
+    )
+    return dict(rows.fetchall())
 
 
 def test_first_use_makes_a_library_with_the_newest_schema(store: Store) -> None:
@@ -66,7 +68,9 @@ def test_the_migrations_make_every_constraint_of_the_models(store: Store, path: 
 
     made, wanted = definitions(path), definitions(other)
     assert made.keys() == wanted.keys()
-    assert {name: constraints(sql) for name, sql in made.items()} == {name: constraints(sql) for name, sql in wanted.items()}
+    assert {name: constraints(sql) for name, sql in made.items()} == {
+        name: constraints(sql) for name, sql in wanted.items()
+    }
 
 
 def test_the_number_of_migrations_is_the_schema_version() -> None:
@@ -77,23 +81,33 @@ def test_the_number_of_migrations_is_the_schema_version() -> None:
 
 def test_the_models_compile_for_postgresql() -> None:
     statements: list[str] = []
-    engine = create_mock_engine("postgresql://", lambda sql, *_a, **_k: statements.append(str(sql.compile(dialect=engine.dialect))))
+    engine = create_mock_engine(
+        "postgresql://", lambda sql, *_a, **_k: statements.append(str(sql.compile(dialect=engine.dialect)))
+    )
     models.metadata.create_all(engine, checkfirst=False)
     text = "\n".join(statements)
     assert "BIGINT" in text
     assert "BYTEA" in text
-    assert "STRICT" not in text
+    assert ") STRICT" not in text
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("foreign_keys", 1), ("trusted_schema", 0), ("cell_size_check", 1), ("synchronous", 2), ("application_id", settings.APPLICATION_ID)],
+    [
+        ("foreign_keys", 1),
+        ("trusted_schema", 0),
+        ("cell_size_check", 1),
+        ("synchronous", 2),
+        ("application_id", settings.APPLICATION_ID),
+    ],
 )
 def test_every_connection_has_the_settings_of_the_security_report(store: Store, name: str, value: int) -> None:
     assert pragma(store, name) == value
 
 
-def test_wal_is_used_only_with_a_repaired_sqlite_on_a_local_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wal_is_used_only_with_a_repaired_sqlite_on_a_local_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(settings.sqlite3, "sqlite_version_info", (3, 51, 2))
     assert settings.journal_mode(tmp_path / "x") == "delete"
     monkeypatch.setattr(settings.sqlite3, "sqlite_version_info", (3, 51, 3))
@@ -156,7 +170,9 @@ def test_upgrade_of_the_newest_schema_changes_nothing(store: Store, path: Path) 
     assert schema.backups(path) == []
 
 
-def test_upgrade_of_a_library_with_content_backs_it_up_first(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upgrade_of_a_library_with_content_backs_it_up_first(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(schema, "HEAD", "later")
     monkeypatch.setattr(schema, "_migrate", lambda _connection: None)
     schema.upgrade(store.engine, path)
@@ -208,10 +224,14 @@ def test_check_finds_damage(store: Store, path: Path) -> None:
     content[-6000:-2000] = b"\xff" * 4000
     path.write_bytes(content)
     with Store.unchecked(path) as opened:
-        try:
-            assert not schema.check(opened.engine, path).ok
-        except RegistryError as error:
-            assert "damaged" in error.message
+        assert not healthy(opened)
+
+
+def healthy(store: Store) -> bool:
+    try:
+        return schema.check(store.engine, store.path).ok
+    except RegistryError:
+        return False
 
 
 def test_a_writer_that_cannot_get_the_lock_says_so(store: Store, path: Path) -> None:
@@ -237,9 +257,13 @@ def test_a_reader_cannot_write(store: Store, path: Path) -> None:
 
 
 def test_a_transaction_that_raises_leaves_nothing(store: Store) -> None:
-    with pytest.raises(ZeroDivisionError), store.transaction() as connection:
-        connection.execute(insert(models.tag), {"name": "x", "name_key": "x"})
-        raise ZeroDivisionError
+    def fail() -> None:
+        with store.transaction() as connection:
+            connection.execute(insert(models.tag), {"name": "x", "name_key": "x"})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert store.rows("SELECT COUNT(*) FROM tag") == [(0,)]
 
 

@@ -15,7 +15,14 @@ from hubtool.actions.load import load, save, unload
 from hubtool.adapters.factors import Factors
 from hubtool.adapters.ir import Adapter
 from hubtool.errors import (
-    BadValues, HubtoolError, LoadMismatch, LossyConversion, NotFound, ShapeMismatch, Unsupported, UsageProblem,
+    BadValues,
+    HubtoolError,
+    LoadMismatch,
+    LossyConversion,
+    NotFound,
+    ShapeMismatch,
+    Unsupported,
+    UsageProblem,
     WouldOverwrite,
 )  # fmt: skip
 from hubtool.pipelines import adapter_of
@@ -82,7 +89,9 @@ def test_every_module_changes_by_exactly_scale_up_down_and_no_other_weight_does(
 def test_adapters_cover_3x3_convolutions_and_mixed_ranks(pipe: Any) -> None:
     made = tiny.make(pipe, **MIXED)
     kernels = {tuple(down.shape[2:]) for _, down, _ in made.factors.values()}
-    assert (3, 3) in kernels and (1, 1) in kernels and () in kernels
+    assert (3, 3) in kernels
+    assert (1, 1) in kernels
+    assert () in kernels
     assert len({scale for _, _, scale in made.factors.values()}) > 6
 
 
@@ -220,7 +229,7 @@ def test_another_familys_adapter_is_refused_by_name(pipe: Any) -> None:
 
 def test_another_context_width_is_refused_naming_both(pipe: Any) -> None:
     made = tiny.make(tiny.build("sd2"), ["unet"], only="attn2.to_k")
-    with pytest.raises(ShapeMismatch, match="16 modules do not fit: .* x 24, the module's is .* x 32"):
+    with pytest.raises(ShapeMismatch, match=r"16 modules do not fit: .* x 24, the module's is .* x 32"):
         load(pipe, made.adapter)
 
 
@@ -306,7 +315,9 @@ def test_loading_leaves_training_flags_and_the_random_state_alone(pipe: Any) -> 
     flags, random = [p.requires_grad for p in parameters(pipe)], torch.random.get_rng_state()
     report = load(pipe, Adapter(None, tiny.make(pipe).adapter.patches, (tiny.embedding("<cat>", 32, 2),)), name="style")
     held = [p for n, p in pipe.unet.named_parameters() if "lora_" in n]
-    assert held and not any(p.requires_grad for p in held) and report.parameters == ()
+    assert held
+    assert not any(p.requires_grad for p in held)
+    assert report.parameters == ()
     unload(pipe, "style")
     assert [p.requires_grad for p in parameters(pipe)] == flags
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -339,7 +350,8 @@ def test_a_loader_that_does_not_do_as_planned_is_undone(
         load(pipe, tiny.make(pipe, ["text_encoder", "unet"], seed=3).adapter, name="two")
     assert same(tiny.weights(pipe), before)
     assert torch.equal(tiny.picture(pipe), picture)
-    assert pipe.get_list_adapters() == {"unet": ["one"]} and pipe.get_active_adapters() == ["one"]
+    assert pipe.get_list_adapters() == {"unet": ["one"]}
+    assert pipe.get_active_adapters() == ["one"]
 
 
 def test_a_wrong_scale_is_noticed(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +377,8 @@ def train(pipe: Any, report: Any, steps: int = 3) -> None:
 def test_training_goes_on_from_a_loaded_adapter_and_saves_what_it_reached(pipe: Any, tmp_path: Path) -> None:
     base, made = tiny.weights(pipe), tiny.make(pipe, only="to_", dtype=torch.bfloat16, **MIXED)
     report = load(pipe, made.adapter, name="style", trainable=True)
-    assert {p.dtype for p in report.parameters} == {torch.float32} and all(p.requires_grad for p in report.parameters)
+    assert {p.dtype for p in report.parameters} == {torch.float32}
+    assert all(p.requires_grad for p in report.parameters)
     assert [id(p) for p in parameters(pipe) if p.requires_grad] == [id(p) for p in report.parameters]
     start = tiny.picture(pipe)
     train(pipe, report)
@@ -380,7 +393,8 @@ def test_training_goes_on_from_a_loaded_adapter_and_saves_what_it_reached(pipe: 
         assert torch.equal(stored[held[id(parameter)].replace(".style", "")], parameter)
 
     unload(pipe, "style")
-    assert same(tiny.weights(pipe), base) and all(p.requires_grad for p in parameters(pipe))
+    assert same(tiny.weights(pipe), base)
+    assert all(p.requires_grad for p in parameters(pipe))
     load(pipe, path, name="again")
     assert torch.equal(tiny.picture(pipe), trained)
 
@@ -408,7 +422,7 @@ def test_saving_a_loaded_adapter_gives_its_factors_bit_for_bit(family: str, dtyp
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_a_saved_file_loads_again_with_every_scale(pipe: Any, tmp_path: Path, layout: str, dora: bool) -> None:
-    made = tiny.make(pipe, only="to_" if dora else "", dora=dora, **MIXED)
+    made = tiny.make(pipe, dora=dora, **MIXED)
     load(pipe, made.adapter, name="style")
     path, picture = save(pipe, "style", tmp_path / "style file.safetensors", layout=layout), tiny.picture(pipe)
     unload(pipe, "style")

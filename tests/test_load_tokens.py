@@ -63,7 +63,8 @@ def test_unloading_leaves_no_trace(pipe: Any) -> None:
     after = tiny.weights(pipe)
     assert all(torch.equal(value, after[c][name]) for c, state in before.items() for name, value in state.items())
     assert torch.equal(tiny.picture(pipe), picture)
-    assert pipe.text_encoder.config.to_dict() == config and pipe.tokenizer.get_vocab() == words
+    assert pipe.text_encoder.config.to_dict() == config
+    assert pipe.tokenizer.get_vocab() == words
     load(pipe, concept(tiny.embedding("<cat>", 32, 2)), name="cat")
 
 
@@ -123,7 +124,7 @@ def test_a_given_token_replaces_the_files_own(pipe: Any) -> None:
     pair = concept(tiny.embedding("<a>", 32), tiny.embedding("<b>", 32))
     assert load(pipe, concept(tiny.embedding("<a>", 32)), token="<mine>").tokens == {"text_encoder": ("<mine>",)}
     assert load(pipe, pair, token=["<c>", "<d>"]).tokens == {"text_encoder": ("<c>", "<d>")}
-    with pytest.raises(UsageProblem, match="2 tokens .*, token= names 1"):
+    with pytest.raises(UsageProblem, match=r"2 tokens .*, token= names 1"):
         load(pipe, pair, token="<e>")
 
 
@@ -178,7 +179,8 @@ def test_factors_and_tokens_in_one_adapter_come_and_go_together(pipe: Any) -> No
     picture = tiny.picture(pipe)
     both = Adapter(None, tiny.make(pipe).adapter.patches, (tiny.embedding("<cat>", 32, 2),))
     report = load(pipe, both, name="both", strength=0.5)
-    assert set(report.modules) == {"unet", "text_encoder"} and report.tokens
+    assert set(report.modules) == {"unet", "text_encoder"}
+    assert report.tokens
     assert report.to_json()["tokens"] == {"text_encoder": ["<cat>", "<cat>_1"]}
     unload(pipe, "both")
     assert torch.equal(tiny.picture(pipe), picture)
@@ -194,3 +196,12 @@ def test_a_file_of_the_concepts_library_is_loaded_under_its_token(pipe: Any, tmp
     assert (report.name, report.tokens) == ("cat_toy", {"text_encoder": ("<cat-toy>", "<cat-toy>_1")})
     at = pipe.tokenizer.convert_tokens_to_ids("<cat-toy>_1")
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[at], vectors[1])
+
+
+def test_a_real_concept_of_ten_vectors_is_read_bit_for_bit(pipe: Any, shared: Path) -> None:
+    path = shared / "real" / "ti" / "huggingface__frida_learned_embeds_1.bin"
+    stored = torch.load(path, weights_only=True)["<frida>"]
+    pipe.text_encoder = tiny.clip(768)
+    (names,) = load(pipe, path).tokens.values()
+    table = pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[pipe.tokenizer.convert_tokens_to_ids(list(names))], stored)

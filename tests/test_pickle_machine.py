@@ -90,7 +90,12 @@ def test_numpy_scalars_and_arrays_are_numbers() -> None:
         assert pickle_machine.run(pickle.dumps(numpy.float64(2.5), protocol)).value == 2.5
         array = pickle_machine.run(pickle.dumps(numpy.arange(6, dtype=">i2").reshape(2, 3), protocol)).value
         assert isinstance(array, NumpyArray)
-        assert (array.shape, array.dtype.code, array.dtype.big, array.data) == ((2, 3), "i2", True, bytes([0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5]))
+        assert (array.shape, array.dtype.code, array.dtype.big, array.data) == (
+            (2, 3),
+            "i2",
+            True,
+            bytes([0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5]),
+        )
 
 
 def test_a_tensor_is_a_view_of_a_storage() -> None:
@@ -125,7 +130,12 @@ def test_garbage_after_a_payload_does_not_hide_its_name(tail: bytes) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [b"torch\nos.system", b"torch._utils\n_rebuild_tensor_v2.__globals__", b"collections\nOrderedDict.fromkeys", b"builtins\nmap"],
+    [
+        b"torch\nos.system",
+        b"torch._utils\n_rebuild_tensor_v2.__globals__",
+        b"collections\nOrderedDict.fromkeys",
+        b"builtins\nmap",
+    ],
 )
 def test_names_with_dots_never_reach_an_attribute(name: bytes) -> None:
     with pytest.raises(UnsafeFile):
@@ -156,7 +166,17 @@ def test_nothing_is_imported_opened_or_started() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"(cos\nsystem\no", b"(ios\nsystem\n", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\0\0\0", b"P1\n", b"\x97", b"N\x98", b")))\x92"],
+    [
+        b"(cos\nsystem\no",
+        b"(ios\nsystem\n",
+        b"\x82\x01",
+        b"\x83\x01\x00",
+        b"\x84\x01\0\0\0",
+        b"P1\n",
+        b"\x97",
+        b"N\x98",
+        b")))\x92",
+    ],
 )
 def test_opcodes_that_no_torch_file_needs_are_refused(body: bytes) -> None:
     with pytest.raises(UnsafeFile):
@@ -213,7 +233,9 @@ def test_a_stream_that_stops_early_is_told_from_a_broken_one(data: bytes) -> Non
         pickle_machine.run(data, more=True)
 
 
-@pytest.mark.parametrize("data", [b"\x80\x06N.", b"\x80\xffN.", b"N\x80\x02.", b"\x80\x02\x80\x02N.", b"NN.", b"(N.", b".", b"\x80\x02\xfe"])
+@pytest.mark.parametrize(
+    "data", [b"\x80\x06N.", b"\x80\xffN.", b"N\x80\x02.", b"\x80\x02\x80\x02N.", b"NN.", b"(N.", b".", b"\x80\x02\xfe"]
+)
 def test_malformed_streams_are_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptFile):
         pickle_machine.run(data + b"............")
@@ -235,7 +257,11 @@ def test_storage_claims_are_checked(inner: bytes, problem: type[HubtoolError]) -
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("_rebuild_sparse_tensor", "sparse"), ("_rebuild_meta_tensor_no_storage", "meta"), ("_rebuild_nested_tensor", "nested")],
+    [
+        ("_rebuild_sparse_tensor", "sparse"),
+        ("_rebuild_meta_tensor_no_storage", "meta"),
+        ("_rebuild_nested_tensor", "nested"),
+    ],
 )
 def test_tensors_that_are_not_plain_are_refused_by_name(name: str, word: str) -> None:
     with pytest.raises(UnsupportedFile, match=word):

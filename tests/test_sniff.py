@@ -37,7 +37,11 @@ def old_tar_bytes() -> bytes:
     return bytes(header) + bytes(1024)
 
 
-NPZ = zip_bytes(b"N", {}).replace(b"archive/data.pkl", b"archive/data.npy").replace(b"archive/version", b"archive/ver.npy")
+NPZ = (
+    zip_bytes(b"N", {})
+    .replace(b"archive/data.pkl", b"archive/data.npy")
+    .replace(b"archive/version", b"archive/ver.npy")
+)
 BUNDLE = NPZ.replace(b"archive/ver.npy", b"preview/ver.png")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 151112198\n"
 PROTOCOL_0 = b"ctorch._utils\n_rebuild_tensor_v2\n."
@@ -77,7 +81,9 @@ PROTOCOL_0 = b"ctorch._utils\n_rebuild_tensor_v2\n."
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["file.pt", "file.safetensors", "file"])
-def test_what_cannot_be_opened_is_called_by_its_name(tmp_path: Path, data: bytes, problem: type[FileError], word: str, name: str) -> None:
+def test_what_cannot_be_opened_is_called_by_its_name(
+    tmp_path: Path, data: bytes, problem: type[FileError], word: str, name: str
+) -> None:
     path = write(tmp_path / name, data)
     with pytest.raises(problem, match=word) as caught:
         open_file(path)

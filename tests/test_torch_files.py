@@ -65,7 +65,12 @@ def test_tensors_of_every_dtype_equal_those_of_torch(tmp_path: Path, dtype: torc
 @ZIP_AND_LEGACY
 def test_modules_parameters_and_ordered_dicts_are_flattened(tmp_path: Path, new: bool) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
-    tree = {"state_dict": module.state_dict(), "list": [torch.nn.Parameter(torch.ones(1))], "epoch": 3, 768: (torch.zeros(2), "x")}
+    tree = {
+        "state_dict": module.state_dict(),
+        "list": [torch.nn.Parameter(torch.ones(1))],
+        "epoch": 3,
+        768: (torch.zeros(2), "x"),
+    }
     file = saved(tmp_path, tree, new=new)
     assert list(file.tensors) == [
         "state_dict.0.weight", "state_dict.0.bias", "state_dict.1.weight", "state_dict.1.bias", "list.0", "768.0",
@@ -79,7 +84,12 @@ def test_modules_parameters_and_ordered_dicts_are_flattened(tmp_path: Path, new:
 @ZIP_AND_LEGACY
 def test_views_keep_their_window_and_report_the_rest(tmp_path: Path, new: bool) -> None:
     base = torch.arange(24.0).reshape(4, 6)
-    tree = {"slice": base[1:3], "columns": base[:, ::2], "transposed": torch.arange(6.0).reshape(2, 3).T, "scalar": torch.arange(5)[2]}
+    tree = {
+        "slice": base[1:3],
+        "columns": base[:, ::2],
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "scalar": torch.arange(5)[2],
+    }
     file = saved(tmp_path, tree, new=new)
     for name, want in tree.items():
         assert torch.equal(evaluate.load(file.tensors[name]), want)
@@ -114,7 +124,11 @@ def test_numbers_that_json_cannot_say_are_text_in_the_metadata(tmp_path: Path) -
 
 @ZIP_AND_LEGACY
 def test_device_and_size_objects_are_plain_values(tmp_path: Path, new: bool) -> None:
-    file = saved(tmp_path, {"device": torch.device("cuda:1"), "size": torch.Size([1, 2]), "dtype": torch.float16, "w": torch.ones(9)}, new=new)
+    file = saved(
+        tmp_path,
+        {"device": torch.device("cuda:1"), "size": torch.Size([1, 2]), "dtype": torch.float16, "w": torch.ones(9)},
+        new=new,
+    )
     assert file.structure["device"] == "cuda:1"
     assert file.structure["size"] == (1, 2)
     assert file.structure["dtype"] == "torch.float16"
@@ -129,7 +143,11 @@ def test_every_protocol_torch_can_be_asked_for_is_read(tmp_path: Path, protocol:
 
 def test_numpy_arrays_are_tensors_with_their_bytes_inside(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
-    tree = {"c": numpy.arange(6.0).reshape(2, 3), "f": numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3)), "b": numpy.arange(3, dtype=">i4")}
+    tree = {
+        "c": numpy.arange(6.0).reshape(2, 3),
+        "f": numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3)),
+        "b": numpy.arange(3, dtype=">i4"),
+    }
     file = saved(tmp_path, {**tree, "w": torch.ones(9)})
     for name, want in tree.items():
         assert file.tensors[name].inline is not None
@@ -151,13 +169,22 @@ def test_a_parameter_dict_shows_its_parameters(tmp_path: Path) -> None:
     ],
     ids=["sparse", "complex128", "meta"],
 )  # fmt: skip
-def test_tensors_that_are_not_plain_are_refused_with_the_right_word(tmp_path: Path, value: Callable[[], torch.Tensor], word: str) -> None:
+def test_tensors_that_are_not_plain_are_refused_with_the_right_word(
+    tmp_path: Path, value: Callable[[], torch.Tensor], word: str
+) -> None:
     with pytest.raises(UnsupportedFile, match=word):
         saved(tmp_path, {"w": value()})
 
 
 def test_quantized_tensors_are_refused_by_name(tmp_path: Path) -> None:
-    inner = storage(kind="QUInt8Storage") + number(0) + b"))ctorch\nper_tensor_affine\nG" + struct.pack(">d", 1) + number(0) + b"\x87"
+    inner = (
+        storage(kind="QUInt8Storage")
+        + number(0)
+        + b"))ctorch\nper_tensor_affine\nG"
+        + struct.pack(">d", 1)
+        + number(0)
+        + b"\x87"
+    )
     with pytest.raises(UnsupportedFile, match="quantized"):
         opened(tmp_path, zip_bytes(mapping({"w": b"ctorch._utils\n_rebuild_qtensor\n(" + inner + b"\x89NtR"})))
 
@@ -200,7 +227,9 @@ def test_the_handmade_files_of_these_tests_are_healthy(tmp_path: Path) -> None:
     ids=["offset", "shape", "stride", "negative-offset", "negative-size", "ranks-differ", "rank", "repeated"],
 )  # fmt: skip
 @pytest.mark.parametrize("build", [zip_bytes, legacy_bytes], ids=["zip", "legacy"])
-def test_views_that_leave_their_storage_are_refused(tmp_path: Path, view: bytes, problem: type[FileError], build: Any) -> None:
+def test_views_that_leave_their_storage_are_refused(
+    tmp_path: Path, view: bytes, problem: type[FileError], build: Any
+) -> None:
     with pytest.raises(problem) as caught:
         opened(tmp_path, build(mapping({"w": view})))
     assert caught.value.path == str(tmp_path / "a.pt")
@@ -242,7 +271,9 @@ def test_deep_nesting_is_refused_without_recursion(tmp_path: Path) -> None:
         opened(tmp_path, zip_bytes(b"]" * 200_000 + b"a" * 199_999))
 
 
-@pytest.mark.parametrize("key", [b"C\x01w", b"N", b"K\x01K\x02\x86", b"K\x01", b"\x88"], ids=["bytes", "none", "tuple", "int", "bool"])
+@pytest.mark.parametrize(
+    "key", [b"C\x01w", b"N", b"K\x01K\x02\x86", b"K\x01", b"\x88"], ids=["bytes", "none", "tuple", "int", "bool"]
+)
 def test_tensors_under_keys_that_are_no_names_are_refused(tmp_path: Path, key: bytes) -> None:
     with pytest.raises(UnsupportedFile):
         opened(tmp_path, zip_bytes(b"}" + key + tensor() + b"s"))
@@ -253,7 +284,9 @@ def test_integer_keys_below_the_top_are_positions(tmp_path: Path) -> None:
     assert list(file.tensors) == ["state.0.exp_avg", "768.0.linear.0.weight"]
 
 
-@pytest.mark.parametrize("body", [tensor(), b"](" + tensor() * 2 + b"e", b"(" + tensor() + b"t"], ids=["bare", "list", "tuple"])
+@pytest.mark.parametrize(
+    "body", [tensor(), b"](" + tensor() * 2 + b"e", b"(" + tensor() + b"t"], ids=["bare", "list", "tuple"]
+)
 def test_a_few_numbers_without_any_name_are_refused(tmp_path: Path, body: bytes) -> None:
     with pytest.raises(UnsupportedFile, match="without names"):
         opened(tmp_path, zip_bytes(body))
@@ -287,7 +320,10 @@ def test_a_storage_used_as_two_types_is_refused(tmp_path: Path) -> None:
 def test_records_that_no_tensor_uses_and_foreign_members_are_reported(tmp_path: Path) -> None:
     records = {"data/0": floats(1, 2, 3, 4), "data/1": bytes(99), "notes.txt": b"cos\nsystem\n"}
     file = opened(tmp_path, zip_bytes(mapping({"w": tensor()}), records))
-    assert [(finding.code, finding.severity) for finding in file.findings] == [("unexpected-member", "warning"), ("hidden-bytes", "warning")]
+    assert [(finding.code, finding.severity) for finding in file.findings] == [
+        ("unexpected-member", "warning"),
+        ("hidden-bytes", "warning"),
+    ]
 
 
 def test_compressed_members_are_inflated_and_reported(tmp_path: Path) -> None:
@@ -342,7 +378,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         ({"1": (4, floats(1, 2, 3, 4))}, b"", CorruptFile), ({"0": (4, floats(1, 2, 3, 4)), "1": (0, b"")}, b"", CorruptFile),
     ],
 )  # fmt: skip
-def test_legacy_storages_must_be_what_the_pickle_says(tmp_path: Path, records: Any, tail: bytes, problem: type[FileError]) -> None:
+def test_legacy_storages_must_be_what_the_pickle_says(
+    tmp_path: Path, records: Any, tail: bytes, problem: type[FileError]
+) -> None:
     with pytest.raises(problem):
         opened(tmp_path, legacy_bytes(mapping({"w": tensor()}), records, tail=tail))
 
@@ -376,7 +414,9 @@ def _seeds() -> Iterator[bytes]:
     yield zip_bytes(mapping({"w": tensor()}), method=zipfile.ZIP_DEFLATED)
     for new in (True, False):
         buffer = io.BytesIO()
-        torch.save({"a": torch.nn.Linear(2, 2).state_dict(), "l": [1, "x", None]}, buffer, _use_new_zipfile_serialization=new)
+        torch.save(
+            {"a": torch.nn.Linear(2, 2).state_dict(), "l": [1, "x", None]}, buffer, _use_new_zipfile_serialization=new
+        )
         yield buffer.getvalue()
 
 
@@ -396,9 +436,13 @@ def mutated(data: bytes, choose: random.Random) -> bytes:
             case 3:
                 result[at:at] = stretch
             case 4:
-                result[at : at + 4] = choose.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"PK\x05\x06"])
+                result[at : at + 4] = choose.choice(
+                    [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"PK\x05\x06"]
+                )
             case 5:
-                result[at : at + 1] = choose.choice([b"(", b".", b"R", b"b", b"h\x00", b"\x93", b"c", b"u", b"\x81", b"Q", b"t"])
+                result[at : at + 1] = choose.choice(
+                    [b"(", b".", b"R", b"b", b"h\x00", b"\x93", b"c", b"u", b"\x81", b"Q", b"t"]
+                )
     return bytes(result) or b"\0"
 
 
@@ -419,7 +463,10 @@ def test_mutated_files_never_raise_anything_but_our_errors(tmp_path: Path, seed:
 # Real files
 
 TORCH_LESS = {"Birch-san__embeddings_mps.pt", "Marcus-Arcadius__anya.pt", "Elendil-Q__last.ckpt"}
-HOSTILE = {"Tashu014__training_args.bin": "TrainingArguments", "mmaitre314__pytorch_magic_bypass.pt": r"__builtin__\.eval"}
+HOSTILE = {
+    "Tashu014__training_args.bin": "TrainingArguments",
+    "mmaitre314__pytorch_magic_bypass.pt": r"__builtin__\.eval",
+}
 FOLDERS = ("ti", "aesthetic", "vae", "text_encoder", "conditioning", "container", "lora")
 
 
@@ -482,13 +529,19 @@ def verdict(path: Path) -> str:
 ALLOWED = {"reject": {"reject"}, "warn": {"reject", "error", "warn"}, "accept": {"accept", "warn"}}
 
 
-def test_the_hostile_corpus_is_judged_as_its_manifest_says(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hostile_corpus_is_judged_as_its_manifest_says(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     canary = tmp_path / "canary"
     canary.mkdir()
     monkeypatch.setenv("CANARY", str(canary))
     with tarfile.open(shared / "bad.tar") as archive:
         archive.extractall(tmp_path, filter="data")
-    cases = [case for case in json.loads((tmp_path / "bad" / "MANIFEST.json").read_text())["cases"] if case["class"] in CLASSES]
+    cases = [
+        case
+        for case in json.loads((tmp_path / "bad" / "MANIFEST.json").read_text())["cases"]
+        if case["class"] in CLASSES
+    ]
     wrong = [case["file"] for case in cases if verdict(tmp_path / "bad" / case["file"]) not in ALLOWED[case["expect"]]]
     assert not wrong
     assert len(cases) > 150

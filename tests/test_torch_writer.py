@@ -77,7 +77,11 @@ def test_payloads_are_aligned_stored_and_checksummed(tmp_path: Path) -> None:
 
 def test_integer_keys_lists_and_tuples_keep_their_types(tmp_path: Path) -> None:
     one = literal(torch.ones(2))
-    tree = {768: ({"linear.0.weight": one}, {"linear.0.weight": one}), "list": [1, [2.5, None], (True, False)], "empty": {}}
+    tree = {
+        768: ({"linear.0.weight": one}, {"linear.0.weight": one}),
+        "list": [1, [2.5, None], (True, False)],
+        "empty": {},
+    }
     path = tmp_path / "a.pt"
     write_torch_zip(path, tree)
     loaded = load(path)
@@ -98,7 +102,9 @@ PLAIN = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(PLAIN)
-def test_plain_values_come_back_from_torch_and_from_our_reader(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+def test_plain_values_come_back_from_torch_and_from_our_reader(
+    tmp_path_factory: pytest.TempPathFactory, value: Any
+) -> None:
     path = tmp_path_factory.mktemp("law") / "a.pt"
     write_torch_zip(path, {"value": value})
     assert load(path) == {"value": value}
@@ -166,7 +172,16 @@ def nested(depth: int) -> list[Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [{"x": object()}, {b"bytes": 1}, {None: 1}, {"a\udc80": 1}, {"x": 1 << 9999}, {1 << 60: 1}, nested(80), {"w": Literal(b"\0", "F4", (2,))}],
+    [
+        {"x": object()},
+        {b"bytes": 1},
+        {None: 1},
+        {"a\udc80": 1},
+        {"x": 1 << 9999},
+        {1 << 60: 1},
+        nested(80),
+        {"w": Literal(b"\0", "F4", (2,))},
+    ],
     ids=["object", "bytes-key", "none-key", "surrogate", "huge-int", "huge-key", "deep", "packed-dtype"],
 )
 def test_what_torch_cannot_hold_is_refused_and_nothing_appears(tmp_path: Path, value: Any) -> None:

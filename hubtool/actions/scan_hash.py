@@ -1,10 +1,11 @@
-"""Full hashes behind the scan: small files first, each committed on its own, so that Ctrl-C costs one file."""
+"""Full hashes behind the scan: small files first, committed every half second, so that Ctrl-C costs next to nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from hubtool.registry.records import FileStat, HashResult, Place
 from hubtool.registry.store import Store
 
 _CHUNK = 1 << 20
+_PAGE = 64
+_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +32,38 @@ class Hashed:
 
 
 def hash_queued(store: Store, workers: int, advance: Callable[[int], None]) -> Iterator[Hashed]:
-    """Hash every location that waits for it; each result is in the library before it is yielded."""
+    """Hash every location that waits for it; a result is in the library before it is yielded."""
     after = (-1, 0)
     pool = ThreadPoolExecutor(workers, "hash")
     try:
-        while page := hashing.queue(store, after, limit=16 * workers):
+        while page := hashing.queue(store, after, limit=_PAGE):
             after = (page[-1].size, page[-1].id)
-            for done in pool.map(hash_place, page):
-                advance(done.place.size)
-                if done.result is not None and hashing.record(store, done.result) is None:
-                    yield Hashed(done.place, problem="changed while it was hashed; the next scan tries again")
-                else:
-                    yield done
+            for done in _in_batches(pool.map(hash_place, page)):
+                yield from _stored(store, done)
+                advance(sum(each.place.size for each in done))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _in_batches(results: Iterable[Hashed]) -> Iterator[list[Hashed]]:
+    """Many small files share a transaction, a large one has its own."""
+    batch: list[Hashed] = []
+    started = time.monotonic()
+    for done in results:
+        batch.append(done)
+        if time.monotonic() - started > _SECONDS:
+            yield batch
+            batch, started = [], time.monotonic()
+    if batch:
+        yield batch
+
+
+def _stored(store: Store, batch: list[Hashed]) -> Iterator[Hashed]:
+    results = [done.result for done in batch if done.result is not None]
+    kept = iter(hashing.record(store, results))
+    for done in batch:
+        lost = done.result is not None and not next(kept)
+        yield Hashed(done.place, problem="changed while it was hashed; the next scan tries again") if lost else done
 
 
 def hash_place(place: Place) -> Hashed:

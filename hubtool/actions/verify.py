@@ -85,7 +85,7 @@ def _judge(store: Store, place: Place, hashed: Hashed | None) -> Verdict:
         hashing.problem(store, place.id, "hash-mismatch", f"{name} is {found}, the library has {expected}")
         return Verdict(place.path, "mismatch", "the bytes are not those that were hashed before", expected, found)
     hashing.problem(store, place.id, "", "")
-    if hashing.record(store, hashed.result) is None:
+    if not all(hashing.record(store, [hashed.result])):
         return Verdict(place.path, "changed", "size or time differ from the last scan; hubtool scan", expected, found)
     return Verdict(place.path, "ok" if expected else "new", "", expected, found)
 

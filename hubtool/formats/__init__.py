@@ -77,7 +77,9 @@ def _module(name: str) -> Any:
 
 def _check_unchanged(path: Path, before: os.stat_result, after: os.stat_result) -> None:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise CorruptFile("the file is changing while it is read", path=path, hint="wait until the download has finished")
+        raise CorruptFile(
+            "the file is changing while it is read", path=path, hint="wait until the download has finished"
+        )
 
 
 def _with_promise(file: TensorFile) -> TensorFile:

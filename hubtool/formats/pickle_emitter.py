@@ -40,7 +40,9 @@ class Emitter:
             return
         emit = next((emit for kind, emit in _KINDS if isinstance(value, kind)), None)
         if emit is None or depth > MAX_DEPTH:
-            raise ConversionError(f"a {type(value).__name__} has no place in a torch file" if emit is None else "nested too deeply")
+            raise ConversionError(
+                f"a {type(value).__name__} has no place in a torch file" if emit is None else "nested too deeply"
+            )
         emit(self, value, depth)
 
     def mapping(self, value: dict[Any, Any], depth: int) -> None:
@@ -54,7 +56,9 @@ class Emitter:
             self.out += b"("
             for key, item in items[start : start + _BATCH]:
                 if not isinstance(key, str | int) or (isinstance(key, int) and abs(key) >= MAX_KEY):
-                    raise ConversionError(f"{str(key)[:40]!a} of type {type(key).__name__} cannot be a key in a torch file")
+                    raise ConversionError(
+                        f"{str(key)[:40]!a} of type {type(key).__name__} cannot be a key in a torch file"
+                    )
                 self.value(key, depth + 1)
                 self.value(item, depth + 1)
             self.out += b"u"

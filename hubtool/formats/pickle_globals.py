@@ -47,7 +47,9 @@ def _tensor_v3(args: Args, _spend: Spend) -> Tensor:
 def _plain_bits(args: Args, at: int) -> None:
     """Refuse tensors whose bytes are not their values (torch's lazy negative and conjugate bits)."""
     if len(args) > at and isinstance(args[at], dict) and any(args[at].values()):
-        raise UnsupportedFile("a tensor carries torch's lazy neg/conj bit", hint="save it again after resolve_neg()/resolve_conj()")
+        raise UnsupportedFile(
+            "a tensor carries torch's lazy neg/conj bit", hint="save it again after resolve_neg()/resolve_conj()"
+        )
 
 
 def _first(args: Args, _spend: Spend) -> Any:
@@ -106,7 +108,9 @@ def _numpy_scalar(args: Args, _spend: Spend) -> Any:
     dtype, data = args if len(args) == 2 else (None, None)
     if not (isinstance(dtype, NumpyDtype) and isinstance(data, bytes)):
         return None
-    code = {"f8": "d", "f4": "f", "f2": "e", "b1": "?", "i1": "b", "u1": "B", "i8": "q", "i4": "i", "u4": "I"}.get(dtype.code)
+    code = {"f8": "d", "f4": "f", "f2": "e", "b1": "?", "i1": "b", "u1": "B", "i8": "q", "i4": "i", "u4": "I"}.get(
+        dtype.code
+    )
     if code is None or len(data) != struct.calcsize("=" + code):
         return None
     return struct.unpack((">" if dtype.big else "<") + code, data)[0]
@@ -154,7 +158,9 @@ def _stub(module: str, name: str) -> Name:
 
 def _refused(what: str) -> Callable[[Args, Spend], Any]:
     def call(_args: Args, _spend: Spend) -> Any:
-        raise UnsupportedFile(f"the file holds {what}: only plain dense tensors are read", hint="save the plain tensors instead")
+        raise UnsupportedFile(
+            f"the file holds {what}: only plain dense tensors are read", hint="save the plain tensors instead"
+        )
 
     return call
 
@@ -204,7 +210,9 @@ def _core() -> Iterable[Name]:
     yield from (Name("torch", name, value=dtype) for name, dtype in DTYPES.items())
     yield from (Name("torch", name) for name in _WORDS)
     # Mentioned so that a quantized tensor is refused as what it is.
-    yield from (Name("torch", f"{name}Storage", value=(name.lower(), 4 if name == "QInt32" else 1)) for name in _QUANTIZED)
+    yield from (
+        Name("torch", f"{name}Storage", value=(name.lower(), 4 if name == "QInt32" else 1)) for name in _QUANTIZED
+    )
     yield from (Name("torch.nn.parameter", name) for name in ("Parameter", "Buffer"))
     yield Name("torch", "Size", _BUILTINS["tuple"])
     yield Name("torch", "device", _device)
@@ -227,4 +235,3 @@ def _known_inert() -> Iterable[Name]:
 
 
 ALLOWED = {(name.module, name.name): name for name in (*_core(), *_known_inert())}
-

@@ -115,7 +115,9 @@ class Machine:
     def persistent(self, pid: Any) -> Storage:
         """``('storage', type, key, location, numel[, view])``: a storage that lies outside the pickle."""
         if type(pid) is not tuple or len(pid) not in {5, 6} or pid[0] != "storage":
-            raise UnsafeFile(f"an unknown kind of persistent id {str(pid[0])[:40] if isinstance(pid, tuple) and pid else ''!r}")
+            raise UnsafeFile(
+                f"an unknown kind of persistent id {str(pid[0])[:40] if isinstance(pid, tuple) and pid else ''!r}"
+            )
         _, kind, key, location, numel = pid[:5]
         if not (isinstance(kind, Name) and isinstance(kind.value, tuple)):
             raise CorruptFile("a storage has no known element type")

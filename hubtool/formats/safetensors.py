@@ -22,7 +22,14 @@ def read(path: Path, fd: int, size: int) -> TensorFile:
     """
     header = headers.read(fd, size, path)
     return TensorFile(
-        path, "safetensors", size, header.tensors, header.metadata, _findings(header), files=(path,), header_bytes=header.raw
+        path,
+        "safetensors",
+        size,
+        header.tensors,
+        header.metadata,
+        _findings(header),
+        files=(path,),
+        header_bytes=header.raw,
     )
 
 
@@ -45,8 +52,12 @@ def _findings(header: headers.Header) -> tuple[Finding, ...]:
     found += suspicion.of_names(header.tensors)
     found += suspicion.of_shapes(header.tensors)
     if not header.raw.startswith(b"{"):
-        found.append(Finding("leading-whitespace", "warning", "blanks stand before the header, which not every reader accepts"))
+        found.append(
+            Finding("leading-whitespace", "warning", "blanks stand before the header, which not every reader accepts")
+        )
     if header.unknown_fields:
         fields = ", ".join(map(ascii, header.unknown_fields[:5]))
-        found.append(Finding("unknown-field", "warning", f"tensor entries hold fields that the format does not know: {fields}"))
+        found.append(
+            Finding("unknown-field", "warning", f"tensor entries hold fields that the format does not know: {fields}")
+        )
     return tuple(found)

@@ -95,7 +95,9 @@ def _refuse(path: Path, fd: int, size: int, head: bytes) -> None:
     if head.lstrip()[:1] in {b"{", b"["}:
         raise _json(path, head)
     if not any(head) and _is_zero(path, fd, size):
-        raise CorruptFile("the file is all zeros: a download that was reserved and never filled", path=path, hint=_AGAIN)
+        raise CorruptFile(
+            "the file is all zeros: a download that was reserved and never filled", path=path, hint=_AGAIN
+        )
 
 
 def _pointed(head: bytes) -> str:
@@ -128,5 +130,6 @@ def _unknown(path: Path, head: bytes) -> UnsupportedFile:
     # A character cut by the window costs up to three bytes; anything more is not UTF-8.
     if len(text.encode()) + 3 >= len(head[:256]) and all(char >= " " or char in "\t\r\n" for char in text):
         return UnsupportedFile("text, not weights", path=path)
-    return UnsupportedFile("its content is of no known kind", path=path, hint="safetensors, torch and PNG files can be opened")
-
+    return UnsupportedFile(
+        "its content is of no known kind", path=path, hint="safetensors, torch and PNG files can be opened"
+    )

@@ -70,7 +70,9 @@ _AT_START = {"metadata-formula"}
 def of_names(names: Iterable[str]) -> list[Finding]:
     """Findings about tensor names: one for each reason, with the first name it holds for."""
     found = {reason: name for name in reversed(list(names)) for reason in _reasons(name)}
-    return [Finding("odd-name", "warning", f"a tensor's name {reason}: {_short(name)}") for reason, name in found.items()]
+    return [
+        Finding("odd-name", "warning", f"a tensor's name {reason}: {_short(name)}") for reason, name in found.items()
+    ]
 
 
 def _reasons(name: str) -> Iterator[str]:
@@ -127,13 +129,17 @@ def _of_claims(metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]) ->
     if metadata.get("ss_network_module") == "networks.lora" and rank.isdecimal() and len(rank) < 7:
         dim = int(rank)
         if not any(dim in ref.shape for ref in tensors.values()):
-            yield Finding("claimed-rank", "warning", f"the metadata says rank {dim}, and no tensor has such a dimension")
+            yield Finding(
+                "claimed-rank", "warning", f"the metadata says rank {dim}, and no tensor has such a dimension"
+            )
 
 
 def of_shapes(tensors: Mapping[str, TensorRef]) -> list[Finding]:
     """Tensors without elements whose other dimensions no program could handle."""
     huge = [ref.name for ref in tensors.values() if 0 in ref.shape and max(ref.shape) > _HUGE]
-    return [Finding("absurd-shape", "warning", f"an empty tensor with an absurd shape: {_short(huge[0])}")] if huge else []
+    return (
+        [Finding("absurd-shape", "warning", f"an empty tensor with an absurd shape: {_short(huge[0])}")] if huge else []
+    )
 
 
 def _short(text: str) -> str:

@@ -51,7 +51,9 @@ def read(path: Path, fd: int, size: int) -> TensorFile:
         findings.append(Finding("trailing-bytes", "warning", f"{size - end} bytes follow the last storage"))
     if unused := sum(blobs[key].nbytes for key in blobs if key not in tree.blobs):
         findings.append(Finding("hidden-bytes", "warning", f"{unused} bytes of storages that no tensor uses"))
-    return TensorFile(path, "torch-legacy", size, tree.tensors, tree.metadata, tuple(findings), structure, files=(path,))
+    return TensorFile(
+        path, "torch-legacy", size, tree.tensors, tree.metadata, tuple(findings), structure, files=(path,)
+    )
 
 
 def _head(source: Source) -> _Head:
@@ -70,7 +72,9 @@ def _head(source: Source) -> _Head:
 def _pickles(data: bytes, *, more: bool) -> _Head:
     magic = pickle_machine.run(data, more=more)
     if magic.value != MAGIC or type(magic.value) is not int:
-        raise UnsupportedFile("a bare pickle, not a file that torch.save wrote", hint="hubtool reads no pickles but torch's")
+        raise UnsupportedFile(
+            "a bare pickle, not a file that torch.save wrote", hint="hubtool reads no pickles but torch's"
+        )
     protocol = pickle_machine.run(data, magic.end, more=more)
     if protocol.value != PROTOCOL:
         raise CorruptFile("a legacy torch file of an unknown protocol", offset=magic.end)

@@ -63,14 +63,18 @@ class Tree:
             self.findings.append(Finding("no-tensors", "warning", "the file holds no tensors"))
         odd = [name for name in self.tensors if not name.isprintable() or len(name) > 1024]
         if odd:
-            self.findings.append(Finding("odd-name", "warning", f"{len(odd)} names hold control characters: {odd[0][:80]!a}"))
+            self.findings.append(
+                Finding("odd-name", "warning", f"{len(odd)} names hold control characters: {odd[0][:80]!a}")
+            )
         return structure
 
     def node(self, value: Any, name: str, depth: int) -> Any:
         self.nodes += 1
         self.text_size += len(name)
         if depth > MAX_DEPTH or self.nodes > MAX_NODES or self.text_size > MAX_TEXT:
-            raise UnsafeFile("the object is nested too deeply, repeats itself without end, or holds too many values", path=self.path)
+            raise UnsafeFile(
+                "the object is nested too deeply, repeats itself without end, or holds too many values", path=self.path
+            )
         visit = _VISITORS.get(type(value))
         if visit is None:
             raise CorruptFile(f"a {type(value).__name__} at {name!r} has no meaning in a torch file", path=self.path)
@@ -84,7 +88,9 @@ class Tree:
                 before = len(self.tensors)
                 result[str(key) if isinstance(key, Name) else key] = self.node(item, _join(name, label), depth + 1)
                 if type(key) not in _KEYS and len(self.tensors) > before:
-                    raise UnsupportedFile(f"a tensor under a key of type {type(key).__name__}: {label[:60]}", path=self.path)
+                    raise UnsupportedFile(
+                        f"a tensor under a key of type {type(key).__name__}: {label[:60]}", path=self.path
+                    )
         return result
 
     def sequence(self, value: Iterable[Any], name: str, depth: int) -> list[Any]:
@@ -157,9 +163,13 @@ class Tree:
 
     def check_name(self, name: str) -> None:
         if name == "__metadata__":
-            raise UnsupportedFile("a tensor is called __metadata__, which means something else in safetensors", path=self.path)
+            raise UnsupportedFile(
+                "a tensor is called __metadata__, which means something else in safetensors", path=self.path
+            )
         if name in self.tensors:
-            raise UnsupportedFile(f"two tensors are called {name[:200]!r} once the nesting is flattened", path=self.path)
+            raise UnsupportedFile(
+                f"two tensors are called {name[:200]!r} once the nesting is flattened", path=self.path
+            )
         if not name.isascii() and any(0xD800 <= ord(char) < 0xE000 for char in name):
             raise CorruptFile(f"a tensor name is not valid text: {name[:80]!a}", path=self.path)
 
@@ -279,9 +289,13 @@ def _window_findings(windows: dict[str, list[tuple[int, int, TensorRef]]], blobs
     if hidden:
         yield Finding("hidden-bytes", "warning", f"{hidden} bytes of larger storages belong to no tensor")
     if tied:
-        yield Finding("tied-tensors", "info", f"{len(tied)} tensors share their bytes with another: {', '.join(tied[:3])[:200]}")
+        yield Finding(
+            "tied-tensors", "info", f"{len(tied)} tensors share their bytes with another: {', '.join(tied[:3])[:200]}"
+        )
     if overlapping:
-        yield Finding("overlapping-tensors", "warning", f"{len(overlapping)} tensors overlap others: {overlapping[0][:200]}")
+        yield Finding(
+            "overlapping-tensors", "warning", f"{len(overlapping)} tensors overlap others: {overlapping[0][:200]}"
+        )
     if strided:
         yield Finding("non-contiguous", "info", f"{strided} tensors are not stored row by row")
 
@@ -292,4 +306,6 @@ def pickle_findings(parsed: Parsed) -> Iterable[Finding]:
         names = ", ".join(parsed.inert[:5])
         yield Finding("inert-global", "warning", f"objects of other programs, read as data and never created: {names}")
     if parsed.duplicates:
-        yield Finding("duplicate-key", "warning", f"keys given twice, the last one counts: {', '.join(parsed.duplicates[:3])!a}")
+        yield Finding(
+            "duplicate-key", "warning", f"keys given twice, the last one counts: {', '.join(parsed.duplicates[:3])!a}"
+        )

@@ -102,7 +102,9 @@ def _local(name: bytes, start: int, count: int) -> bytes:
     padding = -plain % ALIGNMENT
     extra += struct.pack("<2H", 0x4246, padding) + b"Z" * padding
     sizes = (_FULL32, _FULL32) if wide else (0, 0)
-    header = struct.pack("<4s5H3L2H", b"PK\x03\x04", 45 if wide else 20, _FLAGS, 0, 0, _DATE, 0, *sizes, len(name), len(extra))
+    header = struct.pack(
+        "<4s5H3L2H", b"PK\x03\x04", 45 if wide else 20, _FLAGS, 0, 0, _DATE, 0, *sizes, len(name), len(extra)
+    )
     return header + name + extra
 
 

@@ -18,7 +18,9 @@ from hubtool.types import Finding
 # Bytes of storages that may be held in memory because no plain range of the file has them (deflated, big-endian).
 MAX_INLINE = 64 << 20
 _SMALL = 4096
-_OWN = frozenset({"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"})
+_OWN = frozenset(
+    {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
+)
 
 
 @dataclass(slots=True)
@@ -54,7 +56,11 @@ class _Archive:
         self.inlined += member.size
         if self.inlined > MAX_INLINE:
             kind = "big-endian" if self.big else "compressed"
-            raise UnsupportedFile(f"the archive is {kind} and too large to read that way", path=self.source.path, hint="save it again with torch")
+            raise UnsupportedFile(
+                f"the archive is {kind} and too large to read that way",
+                path=self.source.path,
+                hint="save it again with torch",
+            )
         data = zip_reader.content(self.source, member, MAX_INLINE)
         if self.big:
             if storage.untyped:
@@ -94,7 +100,9 @@ def _open(source: Source) -> _Archive:
     root = next(iter(roots))
     _refuse_others(source, members, root)
     if not any(f"{name}/data.pkl" in members for name in roots):
-        raise UnsupportedFile("a zip archive, but not one that torch.save wrote (no data.pkl)", path=source.path, hint="extract it first")
+        raise UnsupportedFile(
+            "a zip archive, but not one that torch.save wrote (no data.pkl)", path=source.path, hint="extract it first"
+        )
     if len(roots) > 1:
         raise UnsafeFile("the archive has more than one root folder", path=source.path)
     archive = _Archive(source, root, members)
@@ -125,7 +133,9 @@ def _is_big(archive: _Archive) -> bool:
 def _member_findings(archive: _Archive) -> list[Finding]:
     found = []
     if f"{archive.root}/version" not in archive.members:
-        found.append(Finding("no-version", "warning", "the archive has no version record: another program may have packed it"))
+        found.append(
+            Finding("no-version", "warning", "the archive has no version record: another program may have packed it")
+        )
     if archive.big:
         found.append(Finding("big-endian", "warning", "the numbers are big-endian and were swapped"))
     if any(member.method == DEFLATED for member in archive.members.values()):
@@ -135,7 +145,9 @@ def _member_findings(archive: _Archive) -> list[Finding]:
         _refuse_nested(archive, archive.members[name])
     if extra:
         names = ", ".join(ascii(name) for name in extra[:3])
-        found.append(Finding("unexpected-member", "warning", f"{len(extra)} members that torch does not write: {names}"))
+        found.append(
+            Finding("unexpected-member", "warning", f"{len(extra)} members that torch does not write: {names}")
+        )
     return found
 
 
@@ -147,7 +159,9 @@ def _expected(root: str, name: str) -> bool:
 def _refuse_nested(archive: _Archive, member: Member) -> None:
     head = archive.source.read(member.start, min(4, member.stored))
     if head == b"PK\x03\x04":
-        raise UnsafeFile(f"an archive inside the archive: {member.name[:80]!a}", path=archive.source.path, offset=member.start)
+        raise UnsafeFile(
+            f"an archive inside the archive: {member.name[:80]!a}", path=archive.source.path, offset=member.start
+        )
 
 
 def _unused(archive: _Archive) -> list[Finding]:

@@ -92,7 +92,12 @@ def _no_end(source: Source) -> CorruptFile:
     tail = source.read(max(0, source.size - _TAIL), min(source.size, _TAIL))
     if b"PK\x05\x06" in tail:
         return CorruptFile("bytes follow the end of the archive", path=source.path, offset=source.size)
-    return CorruptFile("the archive is truncated: its directory is missing", path=source.path, offset=source.size, hint="download it again")
+    return CorruptFile(
+        "the archive is truncated: its directory is missing",
+        path=source.path,
+        offset=source.size,
+        hint="download it again",
+    )
 
 
 def _place64(source: Source, locator: int, short: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -112,7 +117,9 @@ def _entries(source: Source, count: int, start: int, size: int, end: int) -> lis
     if count > MAX_MEMBERS or size > MAX_DIRECTORY:
         raise UnsafeFile(f"an archive of {count} members", path=source.path, offset=start)
     if start + size != end:
-        raise UnsafeFile("the directory of the archive does not end where the archive does", path=source.path, offset=start)
+        raise UnsafeFile(
+            "the directory of the archive does not end where the archive does", path=source.path, offset=start
+        )
     data, at, entries = source.read(start, size), 0, []
     while at < size:
         entry, at = _entry(source, data, at, start)
@@ -129,8 +136,17 @@ def _entry(source: Source, data: bytes, at: int, base: int) -> tuple[_Entry, int
     _, _, needed, flags, method, _, _, crc, stored, size, name_size, extra_size, comment, disk, _, _, offset = row
     name_at = at + _CENTRAL.size
     after = name_at + name_size + extra_size
-    if disk or comment or needed > _MAX_VERSION or flags & ~_ALLOWED_FLAGS or method not in {STORED, DEFLATED} or after > len(data):
-        raise UnsafeFile("a member is encrypted, split, commented or of an unknown method", path=source.path, offset=base + at)
+    if (
+        disk
+        or comment
+        or needed > _MAX_VERSION
+        or flags & ~_ALLOWED_FLAGS
+        or method not in {STORED, DEFLATED}
+        or after > len(data)
+    ):
+        raise UnsafeFile(
+            "a member is encrypted, split, commented or of an unknown method", path=source.path, offset=base + at
+        )
     name, extra = data[name_at : name_at + name_size], data[name_at + name_size : after]
     if _FULL32 in {stored, size, offset}:
         size, stored, offset = _zip64(source, extra, (size, stored, offset), base + at)
@@ -208,7 +224,12 @@ def _by_name(source: Source, found: list[Member]) -> dict[str, Member]:
     folded: set[str] = set()
     for member in found:
         name = member.name
-        if not name.isprintable() or not name or set(name) & set("\\:") or {"", "..", "."} & set(name.removesuffix("/").split("/")):
+        if (
+            not name.isprintable()
+            or not name
+            or set(name) & set("\\:")
+            or {"", "..", "."} & set(name.removesuffix("/").split("/"))
+        ):
             raise UnsafeFile(f"a member is called {name[:80]!a}", path=source.path, offset=member.start)
         if name.casefold() in folded:
             raise UnsafeFile(f"two members are called {name[:80]!r}", path=source.path, offset=member.start)
@@ -219,7 +240,11 @@ def _by_name(source: Source, found: list[Member]) -> dict[str, Member]:
 def content(source: Source, member: Member, limit: int, *, check: bool = True) -> bytes:
     """The bytes of one member, inflated if need be, at most ``limit``; the CRC is verified unless ``check`` is off."""
     if member.size > limit:
-        raise UnsafeFile(f"{member.name} has {member.size} bytes, more than the {limit} allowed", path=source.path, offset=member.start)
+        raise UnsafeFile(
+            f"{member.name} has {member.size} bytes, more than the {limit} allowed",
+            path=source.path,
+            offset=member.start,
+        )
     data = source.read(member.start, member.stored)
     if member.method == DEFLATED:
         data = _inflate(source, member, data)

@@ -39,7 +39,9 @@ def _adapter(parsed: Parsed) -> Iterator[Item]:
         name = f"{component}.{path}"
         scaled = isinstance(patch, LowRank)
         for role, tensor in patch.roles():
-            if not (scaled and role == "alpha"):
+            if role == "dora_scale" and isinstance(patch, LowRank) and patch.dora_axis == "out":
+                yield name, role, reshape(tensor, (patch.up.shape[0],))
+            elif not (scaled and role == "alpha"):
                 yield name, role, _squeezed(tensor)
         if isinstance(patch, LowRank):
             yield name, "scale", Literal(struct.pack("<d", patch.scale), "F64", ())

@@ -151,7 +151,7 @@ def _magnitude(patch: LowRank, syntax: Syntax, name: str, out: Emission) -> Expr
     if axis == "in":
         out.losses.append(Loss(f"{name}.dora_scale", "PEFT's DoRA has one magnitude per output; this one is per input"))
         return None
-    return e.reshape(patch.dora_scale, (1, patch.up.shape[0], 1, 1) if kernel else (patch.up.shape[0],))
+    return e.reshape(patch.dora_scale, (1, patch.up.shape[0], 1, 1) if kernel > 0 else (patch.up.shape[0],))
 
 
 def _alpha_tensor(patch: Patch, name: str, out: Emission) -> Expr | None:

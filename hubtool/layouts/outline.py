@@ -59,6 +59,7 @@ def outline(
 
 def _from_names(tensors: Mapping[str, TensorRef], path: Path, reading: Reading, family: str | None) -> Outline:
     _refuse_mixture(path, reading)
+    _refuse_twins(path, reading)
     drafts = modules.group(reading.spelled, tensors, path)
     found = _families(reading.syntax, drafts, family)
     best = found[0] if found else None
@@ -84,6 +85,16 @@ def _refuse_mixture(path: Path, reading: Reading) -> None:
         other, count = mixed.most_common(1)[0]
         text = f"{len(reading.spelled)} tensors are spelled as {reading.syntax.id} and {count} as {other}"
         raise CorruptFile(f"{text}: tools would load different parts of this file", path=path)
+
+
+def _refuse_twins(path: Path, reading: Reading) -> None:
+    """A module spelled in two ways at once (lora_down and lora_A): which one counts differs from tool to tool."""
+    stems = {cut[0]: one.key for one in reading.spelled for cut in [keys.split_suffix(one.key)] if cut}
+    for key in reading.others:
+        cut = keys.split_suffix(key)
+        if cut is not None and cut[0] in stems:
+            text = f"{key} and {stems[cut[0]]} spell one module in two ways"
+            raise CorruptFile(f"{text}: tools would load different parts of this file", path=path)
 
 
 def _families(syntax: Syntax, drafts: list[Draft], asked: str | None) -> tuple[Match, ...]:

@@ -18,7 +18,7 @@ from hubtool.layouts.peft_config import PeftConfig
 from hubtool.layouts.tables import Layout, Syntax
 from hubtool.layouts.unwrap import unwrapped
 from hubtool.tensors.dtypes import numel
-from hubtool.tensors.expr import Read
+from hubtool.tensors.expr import Read, reshape
 from hubtool.tensors.ref import TensorRef
 from hubtool.types import Finding
 
@@ -91,9 +91,17 @@ def _patches(file: TensorFile, shape: Outline) -> tuple[dict[ModuleKey, Patch], 
         patch = modules.build(draft, algorithm, values.get(draft.keys.get("alpha", "")), file.path)
         if isinstance(patch, LowRank) and shape.syntax.alpha in ("metadata", "config"):
             config = configs.setdefault(component, _config(file, shape.syntax, component))
-            patch = _scaled(patch, config, path)
+            patch = _scaled(_upright(patch), config, path)
         patches[component, path] = patch
     return patches, orphans
+
+
+def _upright(patch: LowRank) -> LowRank:
+    """PEFT's magnitude of a convolution, (1, out, 1, 1), as (out, 1, 1, 1): for a square module the shape alone would not tell the axis."""
+    magnitude = patch.dora_scale
+    if magnitude is None or len(magnitude.shape) != 4 or numel(magnitude.shape) != patch.up.shape[0]:
+        return patch
+    return replace(patch, dora_scale=reshape(magnitude, (patch.up.shape[0], 1, 1, 1)))
 
 
 def _config(file: TensorFile, syntax: Syntax, component: str) -> PeftConfig:

@@ -19,6 +19,7 @@ from hubtool.types import Finding
 KEY = "lora_adapter_metadata"
 _LITERAL = re.compile(r"\^?[\w.\-\\]+")
 _OPTIONAL_HEAD = "text_model."
+_MANY_KEYS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ def from_dict(config: Mapping[str, Any]) -> PeftConfig:
     alpha = _number(config.get("lora_alpha"))
     pattern = config.get("alpha_pattern")
     pattern = pattern if isinstance(pattern, dict) else {}
-    literal = {k: v for k, v in pattern.items() if _LITERAL.fullmatch(k) and _number(v) is not None}
-    odd = [key for key in pattern if key not in literal]
+    read = [(key, value) for keys, value in pattern.items() for key in keys.split("|")]
+    literal = {key: value for key, value in read if _LITERAL.fullmatch(key) and _number(value) is not None}
+    odd = [key for key, _ in read if key not in literal]
     findings = [
         Finding("alpha-pattern", "error", f"alpha_pattern key {key!r} is no literal module name") for key in odd[:3]
     ]
@@ -110,11 +112,20 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 
 def anchored(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with ``^`` before pattern keys that would also match a longer module name of the same adapter."""
+    """``config`` with ``^`` before pattern keys that would also match a longer module name, and many keys of one value joined by ``|``.
+
+    PEFT compiles every key for every module; beyond its regex cache (512) a file of hundreds of keys takes seconds to load.
+    """
     names = config["target_modules"]
     shadowed = (
         {name for name in names for other in names if other.endswith("." + name)} if len(names) < 3000 else set(names)
     )
     for key in ("rank_pattern", "alpha_pattern"):
-        config[key] = {(f"^{path}" if path in shadowed else path): value for path, value in config[key].items()}
+        names_of: dict[Any, list[str]] = {}
+        for path, value in config[key].items():
+            names_of.setdefault(value, []).append(f"^{path}" if path in shadowed else path)
+        joined = len(config[key]) > _MANY_KEYS
+        config[key] = {
+            name: value for value, paths in names_of.items() for name in (["|".join(paths)] if joined else paths)
+        }
     return config

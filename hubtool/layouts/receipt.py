@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from hubtool.tensors.expr import Expr, Read
 KEY = "hubtool.origin"
 # Claims about bytes that a conversion lays out anew; they return with the receipt.
 STALE = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
+_WALK = re.compile(r"\w+:\d+:rank")
 _VERSION = 1
 _LARGEST = 64 << 20
 
@@ -77,7 +79,15 @@ def of_file(file: TensorFile, tensors: Mapping[str, Expr], layout: str) -> Recei
 
 def carried_metadata(metadata: Mapping[str, str], *without: str) -> dict[str, str]:
     """What of a source's metadata travels: everything but stale hashes, the receipt, and what belongs to one layout."""
-    return {key: value for key, value in metadata.items() if key not in STALE | {KEY, PEFT_KEY, *without}}
+    dropped = STALE | {KEY, PEFT_KEY, *without}
+    return {key: value for key, value in metadata.items() if key not in dropped and not _positional(key, value)}
+
+
+def _positional(key: str, value: str) -> bool:
+    """What a safeloras header says about its own positions (classes, ranks, tokens); it means nothing beside names."""
+    return (
+        bool(_WALK.fullmatch(key)) or value == "<embed>" or (key in ("unet", "text_encoder") and value.startswith("["))
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from hubtool.errors import ConversionError, UsageProblem
 from hubtool.formats.base import TensorFile
 from hubtool.formats.torch_writer import write_torch_zip
+from hubtool.layouts.receipt import KEY as RECEIPT
 from hubtool.ops.plan import Plan
 from hubtool.tensors import header
 from hubtool.tensors.expr import Read, Reshape
@@ -64,7 +65,9 @@ def execute_in_place(plan: Plan, file: TensorFile) -> int:
             "this conversion changes more than names", path=file.path, hint="write a new file with -o"
         )
     rows = ((key, ref.dtype, shape, ref.nbytes) for _, (key, shape, ref) in sorted(places.items()))
-    text = header.serialise(rows, dict(plan.metadata) or None).rstrip(b" ")
+    # the data stays where it is, so what the file says about it stays true; a receipt would only take room
+    metadata = {**file.metadata, **{key: value for key, value in plan.metadata.items() if key != RECEIPT}}
+    text = header.serialise(rows, metadata or None).rstrip(b" ")
     if not rewrite_header_in_place(file.path, text):
         raise ConversionError(
             f"the new header takes {len(text)} bytes, the file has room for {len(file.header_bytes or b'')}",

@@ -74,8 +74,8 @@ def unload(pipe: Any, name: str) -> None:
     if not loaded and not tokens:
         present = sorted({*live.adapter_names(pipe), *records(pipe)})
         raise UsageProblem(f"nothing named {name!r} is loaded", hint=f"loaded: {', '.join(present) or 'nothing'}")
-    check_unfused(pipe)
     if loaded:
+        check_unfused(pipe)
         unload_layers(pipe, name)
     unload_tokens(pipe, tokens)
     if record and record.trains:
@@ -89,7 +89,8 @@ def _check(pipe: Any, adapter: Adapter, name: str) -> None:
     check_name(pipe, name)
     if name in records(pipe):
         raise UsageProblem(f"something named {name!r} is loaded already", hint=f"hubtool.unload(pipe, {name!r}) first")
-    check_unfused(pipe)
+    if adapter.patches:
+        check_unfused(pipe)
 
 
 def _check_asked(plans: Plans, strength: float, trainable: bool) -> None:

@@ -49,15 +49,16 @@ def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 def _on_begin(connection: Connection) -> None:
     # DEFERRED would lose updates: a reader that turns writer fails at once, whatever the busy timeout (spec/security.md 7).
-    kind = "DEFERRED" if connection.get_execution_options().get("hubtool_read") else "IMMEDIATE"
-    connection.exec_driver_sql(f"BEGIN {kind}")
+    mode = connection.get_execution_options().get("hubtool_begin", "IMMEDIATE")
+    if mode:
+        connection.exec_driver_sql(f"BEGIN {mode}")
 
 
 @contextmanager
 def transaction(engine: Engine, path: Path | None, *, read: bool = False) -> Iterator[Connection]:
     """One transaction: committed when the block ends, rolled back when it raises. Writers queue for ``busy_timeout``."""
     with translated(path), engine.connect() as connection:
-        connection.execution_options(hubtool_read=read)
+        connection.execution_options(hubtool_begin="DEFERRED" if read else "IMMEDIATE")
         with _begin(connection, path):
             yield connection
 
@@ -84,4 +85,4 @@ def translated(path: Path | None) -> Iterator[None]:
 def outside_transaction(engine: Engine, path: Path | None, work: Callable[[Connection], Any]) -> Any:
     """Run ``work`` where SQLite allows no transaction (VACUUM INTO, journal_mode)."""
     with translated(path), engine.connect() as connection:
-        return work(connection.execution_options(isolation_level="AUTOCOMMIT"))
+        return work(connection.execution_options(hubtool_begin=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, and_, delete, insert, or_, select, update
@@ -46,22 +47,26 @@ def place(row: tuple[Any, ...]) -> Place:
     return Place(row[0], row[1], raw, *row[4:])
 
 
-def record(store: Store, result: HashResult) -> str | None:
-    """Store computed hashes; the id (uid) of the artifact the location now belongs to, None if the location has changed meanwhile.
+def record(store: Store, results: Sequence[HashResult]) -> list[bool]:
+    """Store computed hashes in one transaction; for each whether it was: a location that has changed meanwhile is left alone.
 
     A stand-in whose bytes turn out to be known is merged into the known artifact. A location whose bytes are not those of its
     artifact (same quick identity, different bytes) moves to another artifact.
     """
     with store.transaction() as connection:
-        row = connection.execute(select(models.location).where(_L.id == result.location_id)).first()
-        if row is None or not result.stat.same(FileStat(row.size, row.mtime_ns, row.inode, row.device)):
-            return None
-        key = _owner(connection, row, result.hashes.get("sha256"))
-        _set_hashes(connection, key, result)
-        same = and_(_L.inode == row.inode, _L.device == row.device, _L.size == row.size, _L.mtime_ns == row.mtime_ns)
-        files = or_(_L.id == row.id, and_(same, _L.link != "folder", _L.state == "present"))
-        connection.execute(update(models.location).where(files).values(artifact_id=key, verified_at=now()))
-        return connection.execute(select(_A.uid).where(_A.id == key)).scalar_one()
+        return [_record_one(connection, result) for result in results]
+
+
+def _record_one(connection: Connection, result: HashResult) -> bool:
+    row = connection.execute(select(models.location).where(_L.id == result.location_id)).first()
+    if row is None or not result.stat.same(FileStat(row.size, row.mtime_ns, row.inode, row.device)):
+        return False
+    key = _owner(connection, row, result.hashes.get("sha256"))
+    _set_hashes(connection, key, result)
+    same = and_(_L.inode == row.inode, _L.device == row.device, _L.size == row.size, _L.mtime_ns == row.mtime_ns)
+    files = or_(_L.id == row.id, and_(same, _L.link != "folder", _L.state == "present"))
+    connection.execute(update(models.location).where(files).values(artifact_id=key, verified_at=now()))
+    return True
 
 
 def _owner(connection: Connection, row: Any, sha256: str | None) -> int:

@@ -169,7 +169,11 @@ def _window(stream: Iterator[Piece], start: int, stop: int) -> Iterator[Piece]:
     for piece in stream:
         low, high = max(start - at, 0), min(stop - at, len(piece))
         if low < high:
-            yield piece[low:high] if isinstance(piece, bytes) else Range(piece.path, piece.start + low, piece.start + high)
+            yield (
+                piece[low:high]
+                if isinstance(piece, bytes)
+                else Range(piece.path, piece.start + low, piece.start + high)
+            )
         at += len(piece)
 
 
@@ -209,7 +213,9 @@ def _row(elements: memoryview, at: int, length: int, step: int) -> bytes:
 
 
 def _row_starts(shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[int]:
-    axes = [range(0, n * step, step) if step else itertools.repeat(0, n) for n, step in zip(shape, strides, strict=True)]
+    axes = [
+        range(0, n * step, step) if step else itertools.repeat(0, n) for n, step in zip(shape, strides, strict=True)
+    ]
     return map(sum, itertools.product(*axes))
 
 

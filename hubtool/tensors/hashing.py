@@ -23,9 +23,9 @@ from hubtool.tensors.reading import Sources, pread_exact, pread_into
 ALL = ("sha256", "payload_sha256", "autov1", "autov2", "autov3", "crc32", "blake3")
 _BUFFER = 4 << 20
 _THREADS_FROM = 2 * _BUFFER
-# What must be computed for what is asked, and the two lanes that share the work: SHA-256 twice is most of it.
+# What must be computed for what is asked, and the lanes that share the work: SHA-256 twice is most of it.
 _BASE = {"autov2": "sha256", "autov3": "payload_sha256"}
-_LANES = (frozenset({"sha256", "crc32"}), frozenset({"payload_sha256", "blake3"}))
+_LANES = (frozenset({"sha256"}), frozenset({"payload_sha256"}), frozenset({"crc32", "blake3"}))
 _AUTOV1 = (0x100000, 0x10000)
 _AUTOV1_FROM = 2 << 20
 _CONTENT_MAGIC = b"hubtool content_id 1\n"
@@ -40,10 +40,8 @@ class Digest(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def hash_file(
-    path: str | Path, algorithms: Iterable[str] = ALL, progress: Progress = None
-) -> dict[str, str]:
-    """Hashes of a file by name, read once, on up to three threads. ``progress`` is called with the bytes just read.
+def hash_file(path: str | Path, algorithms: Iterable[str] = ALL, progress: Progress = None) -> dict[str, str]:
+    """Hashes of a file by name, read once, hashed by up to three threads. ``progress`` is called with the bytes just read.
 
     - ``sha256``: all bytes. ``autov2``: its first 10 digits.
     - ``payload_sha256``: the bytes after a safetensors header, so that editing metadata leaves it. ``autov3``: its first 12 digits.

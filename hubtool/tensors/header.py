@@ -78,7 +78,10 @@ def parse(raw: bytes, body: int, path: Path) -> Header:
 
 
 def serialise(
-    entries: Iterable[tuple[str, str, Shape, int]], metadata: Mapping[str, str] | None = None, *, phase: int | None = None
+    entries: Iterable[tuple[str, str, Shape, int]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    phase: int | None = None,
 ) -> bytes:
     """A compact header for (name, dtype, shape, bytes) laid one after another, metadata first, padded with spaces.
 
@@ -147,7 +150,11 @@ def _check_tiling(spans: list[tuple[int, int]], body: int) -> None:
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
-            raise _HeaderError(f"tensors {'overlap' if begin < at else 'leave a gap'} at byte {min(begin, at)} of the data")
+            raise _HeaderError(
+                f"tensors {'overlap' if begin < at else 'leave a gap'} at byte {min(begin, at)} of the data"
+            )
         at = end
     if at != body:
-        raise _HeaderError(f"tensors end at byte {at} of the data, which has {body}: truncated, or followed by something else")
+        raise _HeaderError(
+            f"tensors end at byte {at} of the data, which has {body}: truncated, or followed by something else"
+        )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from typing import Any, NoReturn
 
 _ROUND = bytes.maketrans(b"[]{}", b"()()")
+_OPEN = ord("(")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -51,11 +53,11 @@ def _text(raw: bytes) -> str:
 def _check_depth(raw: bytes, limit: int) -> None:
     """Count nesting outside strings at C speed: each round of removing innermost pairs takes one level off."""
     unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = b"".join(unescaped.split(b'"')[::2]).translate(_ROUND, _NO_BRACKETS)
+    brackets = rest = b"".join(unescaped.split(b'"')[::2]).translate(_ROUND, _NO_BRACKETS)
     for _ in range(limit):
-        brackets = brackets.replace(b"()", b"")
-    if brackets:
-        raise TooDeepError(f"nested deeper than {limit}, or with brackets that do not match")
+        rest = rest.replace(b"()", b"")
+    if rest and max(accumulate(1 if byte == _OPEN else -1 for byte in brackets)) > limit:
+        raise TooDeepError(f"nested deeper than {limit}")
 
 
 def _check_surrogates(document: Any) -> None:

@@ -115,7 +115,9 @@ def _whole(name: str, expr: Expr, sources: Sources) -> Iterator[Piece]:
         left -= len(piece)
         yield piece
     if left:
-        raise ShapeMismatch(f"{name!r} has {size(expr) - left} bytes where {expr.dtype} {expr.shape} needs {size(expr)}")
+        raise ShapeMismatch(
+            f"{name!r} has {size(expr) - left} bytes where {expr.dtype} {expr.shape} needs {size(expr)}"
+        )
 
 
 def _write(output: Output, stream: Iterator[Piece], sources: Sources, progress: Progress | None) -> None:

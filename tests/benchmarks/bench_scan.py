@@ -24,8 +24,13 @@ _MODULE = "lora_unet_down_blocks_0_attentions_0_proj_in"
 def make_files(root: Path, count: int) -> None:
     """Small LoRA files, 200 to a folder."""
     for at in range(count):
-        tensors = {f"{_MODULE}.lora_down.weight": floats(4, 8, start=at), f"{_MODULE}.lora_up.weight": floats(8, 4, start=at)}
-        write_safetensors(root / f"d{at // 200:04}" / f"f{at:06}.safetensors", tensors, {"ss_output_name": f"name {at}"})
+        tensors = {
+            f"{_MODULE}.lora_down.weight": floats(4, 8, start=at),
+            f"{_MODULE}.lora_up.weight": floats(8, 4, start=at),
+        }
+        write_safetensors(
+            root / f"d{at // 200:04}" / f"f{at:06}.safetensors", tensors, {"ss_output_name": f"name {at}"}
+        )
 
 
 def make_known(store: Store, root: Path, count: int) -> None:
@@ -40,7 +45,9 @@ def make_known(store: Store, root: Path, count: int) -> None:
         found = path.stat()
         stat = FileStat(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
         place = LocationRecord(record.id, os.fsencode(path.relative_to(root)), stat)
-        files.append(NewFile(place, ArtifactRecord(0, "safetensors", quick_id=f"q{at}", kind="lora", search_text=f"word{at}")))
+        files.append(
+            NewFile(place, ArtifactRecord(0, "safetensors", quick_id=f"q{at}", kind="lora", search_text=f"word{at}"))
+        )
     for at in range(0, count, 500):
         write(store, files[at : at + 500])
 
@@ -72,7 +79,17 @@ def main(count: int, known: int) -> None:
             with timed(f"second scan of {known} known files", known):
                 result = scan(store, [str(base / "known")], hashes=False)
             assert result.unchanged == known, result
-        command = [sys.executable, "-m", "hubtool", "--library", str(base / "known.sqlite3"), "ls", "--format", "json", "limit:10000"]
+        command = [
+            sys.executable,
+            "-m",
+            "hubtool",
+            "--library",
+            str(base / "known.sqlite3"),
+            "ls",
+            "--format",
+            "json",
+            "limit:10000",
+        ]
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print(f"ls of 10000 of {known} rows, whole process: {time.perf_counter() - start:.2f} s")

@@ -85,11 +85,12 @@ def write(adapter: Adapter, path: Path, layout: str, metadata: dict[str, str] | 
 
 
 def layouts(family: str) -> list[str]:
-    """Every (syntax, naming) a safetensors file of the family can have, positional ones apart."""
+    """Every (syntax, naming) a safetensors LoRA of the family can have: syntaxes with a prefix for its denoiser, positional ones apart."""
     names = ["diffusers", *tables.family(family).namings]
-    syntaxes = [
+    denoiser = next(c for c in vocabulary(family).modules if not c.startswith("text_encoder"))
+    fit = [
         s
         for s in tables.syntaxes().values()
-        if s.container == "safetensors" and not s.positional and "up" in s.roles["*"]
+        if s.container == "safetensors" and not s.positional and "up" in s.roles["*"] and denoiser in s.prefixes
     ]
-    return [f"{s.id}/{naming}" for s in syntaxes for naming in names if s.allows(naming)]
+    return [f"{s.id}/{naming}" for s in fit for naming in names if s.allows(naming)]

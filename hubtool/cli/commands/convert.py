@@ -45,15 +45,14 @@ Examples:
 @dry_run_option
 @json_option
 @pass_state
-def command(state: State, sources: tuple[Path, ...], out: Path | None, out_dir: Path | None, **asked: Any) -> None:
+def command(state: State, /, sources: tuple[Path, ...], out: Path | None, out_dir: Path | None, **asked: Any) -> None:
     """Convert SOURCES without losing a number.
 
     A loss is refused unless allowed. The header keeps a receipt of the origin, so that converting back gives the same bytes.
     """
-    target = Target(*(asked[name] for name in ("container", "layout", "dtype", "family", "component")))
-    options = Options(
-        *(asked[name] for name in ("allow_loss", "force", "dry_run", "in_place", "verify")), state.library
-    )
+    target = Target(asked["container"], asked["layout"], asked["dtype"], asked["family"], asked["component"])
+    flags = {name: asked[name] for name in ("allow_loss", "force", "dry_run", "in_place", "verify")}
+    options = Options(**flags, library=state.library)
     if out and (out_dir or len(sources) > 1 or options.in_place):
         raise UsageProblem("-o names one output", hint="give --out-dir for several sources")
     if not (out or out_dir or options.in_place or options.dry_run):
