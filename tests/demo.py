@@ -167,9 +167,12 @@ def pictures() -> None:
     hashes = {}
     for name, prompt in shots:
         if name == "with-lora":
-            print(hubtool.load(pipe, lora, strength=0.8, name="style"), flush=True)
+            report = hubtool.load(pipe, lora, strength=0.8, name="style")
+            counts = ", ".join(f"{len(paths)} modules of the {part}" for part, paths in report.modules.items())
+            print(f"loaded {report.name} at strength {report.strength}: {counts}", flush=True)
         if name == "with-embedding":
-            print(hubtool.load(pipe, OUT / "tiny-style.safetensors", name="token"), flush=True)
+            report = hubtool.load(pipe, OUT / "tiny-style.safetensors", name="token")
+            print(f"loaded tokens {', '.join(report.tokens['text_encoder'])}", flush=True)
         if name == "after":
             hubtool.unload(pipe, "style")
             hubtool.unload(pipe, "token")

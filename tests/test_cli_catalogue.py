@@ -23,8 +23,8 @@ MODULE = "lora_unet_down_blocks_0_attentions_0_proj_in"
 
 def lora(path: Path, seed: float = 0, rank: int = 4, **metadata: str) -> Path:
     tensors = {
-        f"{MODULE}.lora_down.weight": floats(rank, 8, start=seed),
-        f"{MODULE}.lora_up.weight": floats(8, rank, start=seed),
+        f"{MODULE}.lora_down.weight": floats(rank, 32, start=seed),
+        f"{MODULE}.lora_up.weight": floats(32, rank, start=seed),
     }
     return write_safetensors(path, tensors, metadata or None)
 

@@ -60,7 +60,9 @@ def test_a_wrong_total_is_a_warning(tmp_path: Path) -> None:
         ([], CorruptFile),
     ],
 )
-def test_a_map_that_leads_elsewhere_or_disagrees_is_refused(tmp_path: Path, where: Any, error: type[HubtoolError]) -> None:
+def test_a_map_that_leads_elsewhere_or_disagrees_is_refused(
+    tmp_path: Path, where: Any, error: type[HubtoolError]
+) -> None:
     path = sharded(tmp_path, weight_map=where)
     if where == {"a": SHARDS[0], "b": SHARDS[0]}:
         write_safetensors(tmp_path / SHARDS[0], {"a": floats(4)})
@@ -97,7 +99,9 @@ def test_an_index_that_is_no_plain_json_is_refused(tmp_path: Path) -> None:
 
 def test_a_peft_folder_has_weights_and_config(tmp_path: Path) -> None:
     write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "lora_alpha": float("inf")})
-    weights = write_safetensors(tmp_path / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": floats(2, 2)})
+    weights = write_safetensors(
+        tmp_path / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": floats(2, 2)}
+    )
     file = open_file(tmp_path)
     assert (file.format, file.path) == ("peft-folder", tmp_path)
     assert list(file.tensors) == ["base_model.model.x.lora_A.weight"]

@@ -140,12 +140,12 @@ def test_a_hash_of_a_file_that_changed_meanwhile_is_dropped(store: Store, root: 
     assert hashing.queued_bytes(store) == (1, 100)
 
 
-def test_the_queue_gives_small_files_first_and_leaves_broken_ones_out(store: Store, root: RootRecord) -> None:
+def test_the_queue_gives_small_files_first_and_leaves_unreadable_ones_out(store: Store, root: RootRecord) -> None:
     add(
         store,
         new_file(root, b"big", 1, size=900),
         new_file(root, b"small", 2, size=3),
-        new_file(root, b"bad", 3, health="corrupt"),
+        new_file(root, b"bad", 3, health="unreadable"),
     )
     assert [place.size for place in hashing.queue(store)] == [3, 900]
     assert [place.size for place in hashing.queue(store, after=(3, location_id(store, b"small")))] == [900]

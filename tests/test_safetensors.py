@@ -216,7 +216,7 @@ def test_both_ways_through_a_header_read_it_alike(spec: dict[str, Any], metadata
     body = sum(size for *_, size in entries)
     raw = headers.serialise(entries, metadata)
     slow = headers.parse(b" " + raw, body, Path("x"))
-    fast = parse_columns(b" " * 0 + raw, body, Path("x"))
+    fast = parse_columns(raw, body, Path("x"))
     assert list(slow.tensors) == list(spec)
     assert slow.metadata == (metadata or {})
     if fast is not None:
@@ -254,9 +254,10 @@ def test_the_library_agrees_about_what_we_accept(tmp_path: Path) -> None:
     )
     file = read_header(path)
     with library.safe_open(path, framework="pt") as theirs:
-        assert set(theirs.keys()) == set(file.tensors)
+        names = list(theirs.keys())
+        assert set(names) == set(file.tensors)
         assert theirs.metadata() == dict(file.metadata)
-        assert {key: tuple(theirs.get_slice(key).get_shape()) for key in theirs.keys()} == {
+        assert {key: tuple(theirs.get_slice(key).get_shape()) for key in names} == {
             key: ref.shape for key, ref in file.tensors.items()
         }
 
@@ -265,8 +266,7 @@ def outcome(path: Path, read: Any) -> str:
     try:
         file = read(path)
     except HubtoolError as error:
-        assert error.exit_code == 7, error
-        return "reject"
+        return "reject" if error.exit_code == 7 else f"exit code {error.exit_code}"
     return "warn" if any(finding.severity == "warning" for finding in file.findings) else "accept"
 
 

@@ -365,6 +365,13 @@ def test_hashing_follows_and_gives_every_name_of_a_file(store: Store, root: Path
     assert run(store, root, hashes=True).hashed == 0
 
 
+def test_broken_files_are_hashed_like_any_other(store: Store, root: Path) -> None:
+    (root / "a.safetensors").write_bytes(b"<html>")
+    assert run(store, root, hashes=True).hashed == 1
+    assert len(run(store, root, hashes=True).problems) == 0
+    assert [verdict.status for verdict in verify(store)] == ["ok"]
+
+
 def test_copies_become_one_artifact_when_they_are_hashed(store: Store, root: Path) -> None:
     path = lora(root / "a.safetensors")
     (root / "b.safetensors").write_bytes(path.read_bytes())

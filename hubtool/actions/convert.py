@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hubtool.errors import LossyConversion, UsageProblem
-from hubtool.formats import open_file
+from hubtool.actions.where import library_exists
+from hubtool.errors import LossyConversion, RegistryError, UsageProblem
+from hubtool.formats import TensorFile, open_file
 from hubtool.ops import convert as ops
 from hubtool.ops.convert import SUFFIXES, Target
 from hubtool.ops.execute import execute, execute_in_place
 from hubtool.ops.plan import Plan
-from hubtool.ops.verify import Verdict, compare
+
+if TYPE_CHECKING:
+    from hubtool.ops.verify import Verdict
 
 Progress = Callable[[int], None]
 
@@ -32,12 +35,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was done. ``output`` is None for a dry run; ``verdict`` is None unless ``verify`` was asked."""
+    """What was done. ``output`` is None for a dry run; ``verdict`` is None unless ``verify`` was asked; ``warning``: lineage that failed."""
 
     plan: Plan
     output: Path | None
     size: int
     verdict: Verdict | None = None
+    warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = {
@@ -45,6 +49,7 @@ class Converted:
             "output": None if self.output is None else str(self.output),
             "size": self.size,
         }
+        document |= {"warning": self.warning} if self.warning else {}
         return document if self.verdict is None else {**document, "verify": self.verdict.to_json()}
 
 
@@ -77,9 +82,14 @@ def convert(
     if output is None:
         raise UsageProblem("no output is named", hint="give -o OUT or --out-dir DIR")
     size = execute(made, Path(output), force=options.force, progress=progress)
-    verdict = compare(file, open_file(Path(output)), target.family) if options.verify else None
-    _record(made, Path(output), options.library)
-    return Converted(made, Path(output), size, verdict)
+    verdict = _verdict(file, Path(output), target.family) if options.verify else None
+    return Converted(made, Path(output), size, verdict, _record(made, Path(output), options.library))
+
+
+def _verdict(file: TensorFile, output: Path, family: str | None) -> Verdict:
+    from hubtool.ops.verify import compare
+
+    return compare(file, open_file(output), family)
 
 
 def _with_format(target: Target, output: str | Path | None, options: Options) -> Target:
@@ -95,8 +105,15 @@ def _told(made: Plan) -> str:
     return f"this conversion would lose {first.what}: {first.reason}{more}"
 
 
-def _record(made: Plan, output: Path, library: str | None) -> None:
+def _record(made: Plan, output: Path, library: str | None) -> str | None:
+    """Record lineage when the source is in the library; the output stands whatever happens here, so a busy library is only told."""
+    if not library_exists(library):
+        return None
     from hubtool.actions.library import record_conversion
 
     params = {"layout": made.layout, "format": made.format, "fidelity": made.fidelity}
-    record_conversion(library, output, [made.source], "convert", params)
+    try:
+        record_conversion(library, output, [made.source], "convert", params)
+    except RegistryError as error:
+        return f"lineage was not recorded: {error.message}"
+    return None

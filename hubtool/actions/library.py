@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.actions.where import default_target, library_exists
 from hubtool.registry import browse, settings
 from hubtool.registry.fast import FastReader
 from hubtool.registry.records import Reader
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
     from hubtool.registry.store import Store
 
 _CHUNK = 1 << 20
-
-
-def default_target(library: str | None = None) -> str:
-    """The library meant by ``--library``, else by HUBTOOL_LIBRARY, else the one in the user's data folder."""
-    if named := library or os.environ.get("HUBTOOL_LIBRARY"):
-        return named
-    from platformdirs import user_data_path
-
-    return str(user_data_path("hubtool") / "library.sqlite3")
 
 
 def open_store(library: str | None = None) -> Store:
@@ -60,10 +52,9 @@ def record_conversion(
     params: Mapping[str, Any] | None = None,
 ) -> str | None:
     """``record_output`` for a caller that has no open library. A library that does not exist is not made, an unconcerned one not written."""
-    target = default_target(library)
-    path = settings.sqlite_path(target)
-    if path is not None and not path.exists():
+    if not library_exists(library):
         return None
+    target = default_target(library)
     with reading(target) as reader:
         known = any(browse.at_path(reader, raw_path(os.path.abspath(parent))) for parent in parents)
     if not known:

@@ -88,16 +88,25 @@ def _kept(stat: FileStat) -> FileStat:
 def compute(place: Place) -> tuple[dict[str, str], str | None]:
     """(hashes by name, content_id) of what lies at a place. A folder or sharded file has ``tree_sha256`` instead of ``sha256``.
 
-    Raises FileError and OSError.
+    A broken file has hashes like any other: they tell it from its copies, and ``verify`` needs them. Raises FileError and OSError.
     """
     from hubtool.formats import open_file
-    from hubtool.layouts.content import content_id
     from hubtool.tensors.hashing import hash_file
 
-    file = open_file(place.path)
-    many = place.link == "folder" or place.path.endswith(".index.json")
-    hashes = {"tree_sha256": _tree(place, file)} if many else hash_file(place.path)
-    return dict(hashes), content_id(file)
+    if place.link == "folder" or place.path.endswith(".index.json"):
+        file = open_file(place.path)
+        return {"tree_sha256": _tree(place, file)}, _content_id(file)
+    hashes = hash_file(place.path)
+    try:
+        return hashes, _content_id(open_file(place.path))
+    except HubtoolError:
+        return hashes, None
+
+
+def _content_id(file: TensorFile) -> str | None:
+    from hubtool.layouts.content import content_id
+
+    return content_id(file)
 
 
 def _tree(place: Place, file: TensorFile) -> str:

@@ -89,6 +89,8 @@ def _refuse_mixture(path: Path, reading: Reading) -> None:
 
 def _refuse_twins(path: Path, reading: Reading) -> None:
     """A module spelled in two ways at once (lora_down and lora_A): which one counts differs from tool to tool."""
+    if not reading.others:
+        return
     stems = {cut[0]: one.key for one in reading.spelled for cut in [keys.split_suffix(one.key)] if cut}
     for key in reading.others:
         cut = keys.split_suffix(key)

@@ -116,10 +116,9 @@ def anchored(config: dict[str, Any]) -> dict[str, Any]:
 
     PEFT compiles every key for every module; beyond its regex cache (512) a file of hundreds of keys takes seconds to load.
     """
-    names = config["target_modules"]
-    shadowed = (
-        {name for name in names for other in names if other.endswith("." + name)} if len(names) < 3000 else set(names)
-    )
+    names = set(config["target_modules"])
+    ends = {name[at + 1 :] for name in names for at, letter in enumerate(name) if letter == "."}
+    shadowed = names & ends
     for key in ("rank_pattern", "alpha_pattern"):
         names_of: dict[Any, list[str]] = {}
         for path, value in config[key].items():

@@ -65,14 +65,14 @@ def load(metadata: Mapping[str, str]) -> Receipt | None:
         return None
 
 
-def of_file(file: TensorFile, tensors: Mapping[str, Expr], layout: str) -> Receipt:
+def of_file(file: TensorFile, layout: str) -> Receipt:
     """The receipt for a source: the one it carries itself, else one made from its own header."""
     carried = load(file.metadata)
     if carried is not None:
         return carried
     raw = file.header_bytes
     if raw is None:
-        entries = ((name, t.dtype, t.shape, e.size(t)) for name, t in tensors.items())
+        entries = ((name, t.dtype, t.shape, t.nbytes) for name, t in file.tensors.items())
         raw = header.serialise(entries, dict(file.metadata))
     return Receipt(layout, file.format, raw)
 

@@ -115,7 +115,7 @@ def _layout(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
         return _container(file, target.format or "safetensors", parsed)
     emission = _emit(adapter, wanted, parsed, target.family)
     container = _container_of(emission, target.format)
-    source = receipts.of_file(file, {key: Read(ref) for key, ref in file.tensors.items()}, str(parsed.layout))
+    source = receipts.of_file(file, str(parsed.layout))
     if container != "torch-zip" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
         restored = receipts.restore(source, adapter, emission)
         if restored is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hubtool.errors import ConversionError, UsageProblem
 from hubtool.formats.base import TensorFile
-from hubtool.formats.torch_writer import write_torch_zip
 from hubtool.layouts.receipt import KEY as RECEIPT
 from hubtool.ops.plan import Plan
 from hubtool.tensors import header
@@ -27,6 +26,8 @@ def execute(plan: Plan, output: Path, *, force: bool = False, progress: Progress
     if plan.format == "peft-folder":
         return _peft_folder(plan, output)
     if plan.format == "torch-zip":
+        from hubtool.formats.torch_writer import write_torch_zip
+
         tree = plan.tree if plan.tree is not None else dict(plan.tensors)
         return write_torch_zip(output, tree, force=force, root=_root(output))
     return write_safetensors(

@@ -20,7 +20,7 @@ _A = models.artifact.c
 _COLUMNS = ("sha256", "payload_sha256", "content_id")
 QUEUED = (
     "l.state = 'present' AND l.verified_at IS NULL AND l.artifact_id IN "
-    "(SELECT id FROM artifact WHERE health IN ('ok', 'suspect'))"
+    "(SELECT id FROM artifact WHERE health = 'ok' OR (form = 'file' AND health <> 'unreadable'))"
 )
 
 

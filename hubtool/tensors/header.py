@@ -50,6 +50,11 @@ class _HeaderError(ValueError):
 
 def read(fd: int, size: int, path: Path) -> Header:
     """Read and check the header of an open file of ``size`` bytes. Raises ``CorruptFile`` or ``UnsafeFile``."""
+    raw = _raw(fd, size, path)
+    return parse(raw, size - 8 - len(raw), path)
+
+
+def _raw(fd: int, size: int, path: Path) -> bytes:
     first = os.pread(fd, _FIRST_READ, 0)
     if size < 10 or len(first) < 10:
         raise CorruptFile(f"{size} bytes are too few for a safetensors file", path=path, offset=0)
@@ -57,9 +62,7 @@ def read(fd: int, size: int, path: Path) -> Header:
     if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise CorruptFile(f"the header claims {length} bytes in a file of {size}", path=path, offset=0)
     raw = first[8 : 8 + length]
-    if len(raw) < length:
-        raw += pread_exact(fd, length - len(raw), 8 + len(raw), path)
-    return parse(raw, size - 8 - length, path)
+    return raw if len(raw) == length else raw + pread_exact(fd, length - len(raw), 8 + len(raw), path)
 
 
 def parse(raw: bytes, body: int, path: Path) -> Header:

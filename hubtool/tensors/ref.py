@@ -57,12 +57,14 @@ class _Draft:
 def consecutive(rows: Iterable[tuple[str, str, tuple[Shape, int], int]], path: Path, base: int) -> dict[str, TensorRef]:
     """Contiguous tensors that follow one another from offset ``base``, by name; rows are (name, dtype, (shape, bytes), end after base).
 
-    Equal to calling the constructor, for readers that open thousands of headers a second.
+    Equal to calling the constructor, for readers that open thousands of headers a second (hence the local names).
     """
+    new, final = _Draft, TensorRef
     tensors: dict[str, TensorRef] = {}
     start = base
     for name, dtype, (shape, _), end in rows:
-        draft = _Draft()
+        draft = new()
+        tensors[name] = draft  # type: ignore[assignment]
         draft.name = name
         draft.dtype = dtype
         draft.shape = shape
@@ -70,6 +72,5 @@ def consecutive(rows: Iterable[tuple[str, str, tuple[Shape, int], int]], path: P
         draft.start = start
         draft.end = start = base + end
         draft.strides = draft.inline = None
-        tensors[name] = draft  # type: ignore[assignment]
-        draft.__class__ = TensorRef  # type: ignore[assignment]
+        draft.__class__ = final  # type: ignore[assignment]
     return tensors

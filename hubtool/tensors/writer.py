@@ -19,6 +19,11 @@ __all__ = [
 ]  # fmt: skip
 
 Progress = Callable[[int], None]
+_WINDOW, _GAP, _MOST_PIECES = (
+    2 << 20,
+    4 << 10,
+    512,
+)  # one read and one gathered write: at most so far, so sparse, so many
 _PHASE_FROM = 1 << 20  # bytes: below this, padding to a page costs more than it saves
 
 
@@ -121,13 +126,36 @@ def _whole(name: str, expr: Expr, sources: Sources) -> Iterator[Piece]:
 
 
 def _write(output: Output, stream: Iterator[Piece], sources: Sources, progress: Progress | None) -> None:
-    for piece in stream:
-        if isinstance(piece, Range):
-            output.copy_range(sources.fd(piece.path), piece.start, len(piece))
+    for batch in _batches(stream):
+        first = batch[0]
+        if not isinstance(first, Range):
+            output.write(first)
+        elif len(batch) == 1:
+            output.copy_range(sources.fd(first.path), first.start, len(first))
         else:
-            output.write(piece)
+            output.gather(sources.fd(first.path), [(p.start, p.end) for p in batch if isinstance(p, Range)])
         if progress is not None:
-            progress(len(piece))
+            progress(sum(map(len, batch)))
+
+
+def _batches(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces one by one, but small ranges of one file that follow each other closely together, up to a window."""
+    batch: list[Piece] = []
+    for piece in stream:
+        if batch and not _joins(batch, piece):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _joins(batch: list[Piece], piece: Piece) -> bool:
+    first, last = batch[0], batch[-1]
+    if not (isinstance(first, Range) and isinstance(last, Range) and isinstance(piece, Range)):
+        return False
+    near = piece.path == last.path and 0 <= piece.start - last.end <= _GAP
+    return near and piece.end - first.start <= _WINDOW and len(batch) < _MOST_PIECES
 
 
 def _spans(header: headers.Header) -> list[tuple[int, int]]:

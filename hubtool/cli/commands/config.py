@@ -57,7 +57,7 @@ def settings(state: State) -> dict[str, Any]:
 
 def library(state: State) -> tuple[str, str]:
     """Path or URL of the library (a password in it is hidden), and what set it."""
-    from hubtool.actions.library import default_target
+    from hubtool.actions.where import default_target
 
     named = "HUBTOOL_LIBRARY" if os.environ.get("HUBTOOL_LIBRARY") else "default"
     return _without_password(default_target(state.library)), "--library" if state.library else named

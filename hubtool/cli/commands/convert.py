@@ -116,6 +116,8 @@ def _describe(done: Converted) -> None:
         output.show(f"  rounded: {len(plan.rounded) - 5} more")
     for note in plan.notes:
         output.show(f"  note: {note}")
+    if done.warning:
+        output.complain(done.warning, "warning")
     if done.verdict is not None:
         verdict = done.verdict
         output.show(f"  verify: {verdict.modules} modules, worst relative error {verdict.worst:.3g}")

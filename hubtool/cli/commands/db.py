@@ -20,7 +20,7 @@ def command() -> None:
 @pass_state
 def path(state: State) -> None:
     """Print where the library is."""
-    from hubtool.actions.library import default_target
+    from hubtool.actions.where import default_target
 
     show(default_target(state.library))
 
@@ -30,7 +30,7 @@ def path(state: State) -> None:
 @pass_state
 def upgrade(state: State, as_json: bool) -> None:
     """Bring the schema up to date; a library with content is backed up first."""
-    from hubtool.actions.library import default_target
+    from hubtool.actions.where import default_target
     from hubtool.registry import schema
     from hubtool.registry.store import Store
 
@@ -48,7 +48,7 @@ def upgrade(state: State, as_json: bool) -> None:
 @click.pass_context
 def check(context: click.Context, state: State, as_json: bool) -> None:
     """Check the file, its references and its schema. Exit 1 if anything is wrong."""
-    from hubtool.actions.library import default_target
+    from hubtool.actions.where import default_target
     from hubtool.registry import schema
     from hubtool.registry.store import Store
 
@@ -75,7 +75,7 @@ def check(context: click.Context, state: State, as_json: bool) -> None:
 @pass_state
 def backup(state: State, target: str | None) -> None:
     """Write a consistent copy to TARGET, by default beside the library (the newest three are kept)."""
-    from hubtool.actions.library import default_target
+    from hubtool.actions.where import default_target
     from hubtool.registry import schema
     from hubtool.registry.store import Store
 
