@@ -208,6 +208,22 @@ def test_a_walk_becomes_names_and_names_a_walk(tmp_path: Path) -> None:
             assert to_bytes(parsed.adapter.patches[key].up) == to_bytes(patch.up)  # type: ignore[attr-defined]
 
 
+def test_tokens_beside_positions_travel_as_a_bundle_and_return(tmp_path: Path) -> None:
+    from hubtool.layouts import emit, tables
+    from hubtool.tensors.writer import write_safetensors as ours
+
+    walk = tables.syntaxes()["cloneofsimo"].walks[0]
+    emission = emit(make("sd1", [("unet", path) for path in walk.paths], ranks=(1,)), "cloneofsimo")
+    source, there, back = (tmp_path / f"{name}.safetensors" for name in ("pti", "there", "back"))
+    ours(source, {**emission.tensors, "<s1>": values((768,), 1)}, {**emission.metadata, "<s1>": "<embed>"})
+    convert(source, there, Target(layout="kohya"))
+    assert "bundle_emb.<s1>.emb_params" in open_file(there).tensors
+    convert(there, back, Target(layout="cloneofsimo"))
+    assert back.read_bytes() == source.read_bytes()
+    with pytest.raises(LossyConversion, match="embedding <s1>"):
+        convert(source, tmp_path / "no.safetensors", Target(layout="diffusers"))
+
+
 def test_an_incomplete_walk_is_refused(kohya: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="full walk"):
         convert(kohya, tmp_path / "x.safetensors", Target(layout="cloneofsimo"))

@@ -230,10 +230,18 @@ PLAIN = (b'{"__metadata__":{"k":"v"},"a":{"dtype":"F16","shape":[3,4],"data_offs
          b'"b":{"dtype":"F32","shape":[],"data_offsets":[24,28]}}   ')  # fmt: skip
 
 
-@given(st.integers(0, len(PLAIN) - 1), st.sampled_from(list(b'"{}[],:0123489. \\ab_-eF\x00\x7f\xff')), st.booleans())
+BARE = b"{" + PLAIN[PLAIN.index(b'"a"') :]
+
+
+@given(
+    st.sampled_from([PLAIN, BARE]),
+    st.integers(0, len(BARE) - 1),
+    st.sampled_from(list(b'"{}[],:0123489. \\ab_-eF\x00\x7f\xff')),
+    st.booleans(),
+)
 @settings(max_examples=600)
-def test_a_damaged_header_is_never_read_faster_than_right(at: int, byte: int, insert: bool) -> None:
-    raw = PLAIN[:at] + bytes([byte]) + PLAIN[at + (not insert) :]
+def test_a_damaged_header_is_never_read_faster_than_right(whole: bytes, at: int, byte: int, insert: bool) -> None:
+    raw = whole[:at] + bytes([byte]) + whole[at + (not insert) :]
     fast = parse_columns(raw, 28, Path("x"))
     if fast is not None:
         slow = headers.parse(b" " + raw, 28, Path("x"))  # a leading blank: the long way
@@ -243,6 +251,8 @@ def test_a_damaged_header_is_never_read_faster_than_right(at: int, byte: int, in
 
 def test_a_compact_header_takes_the_fast_way_and_others_the_long_one() -> None:
     assert parse_columns(PLAIN, 28, Path("x")) is not None
+    assert parse_columns(BARE, 28, Path("x")) is not None
+    assert parse_columns(b"[" + BARE[1:], 28, Path("x")) is None
     assert parse_columns(PLAIN, 29, Path("x")) is None
     assert parse_columns(PLAIN.replace(b":{", b": {"), 28, Path("x")) is None
 

@@ -13,6 +13,7 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.weight_ops import ReshapeWeight
 from hubtool.errors import ConversionError
 from hubtool.layouts import keys, peft_config, positional, tables
+from hubtool.layouts.keys import BUNDLE
 from hubtool.layouts.tables import Layout, Syntax
 from hubtool.layouts.vocabulary import vocabulary, written
 from hubtool.tensors import expr as e
@@ -277,6 +278,8 @@ def _rest(adapter: Adapter, syntax: Syntax, out: Emission) -> None:
         if syntax.id == "cloneofsimo":
             out.tensors[token] = embedding.vectors
             out.metadata[token] = "<embed>"
+        elif syntax.lycoris and "." not in token:
+            out.tensors[f"{BUNDLE}{token}.emb_params"] = embedding.vectors
         else:
             out.losses.append(Loss(f"embedding {token}", f"{syntax.id} has no place for token embeddings"))
     for key, ref in adapter.extras.items():

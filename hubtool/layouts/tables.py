@@ -71,6 +71,7 @@ class Syntax:
     positional: bool
     single_component: bool
     flat_magnitude: bool
+    lycoris: bool
 
     def roles_of(self, component: str) -> Mapping[str, tuple[str, ...]]:
         return self.roles.get(component, self.roles["*"])
@@ -165,6 +166,7 @@ def _syntax(doc: Mapping[str, Any], docs: Mapping[str, Mapping[str, Any]]) -> Sy
         positional=head.get("positional", False),
         single_component=head.get("single_component", False),
         flat_magnitude=head.get("one_dimensional_magnitude", False),
+        lycoris=head.get("lycoris", False),
     )
 
 

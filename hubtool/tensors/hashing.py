@@ -10,8 +10,10 @@ import hashlib
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +23,12 @@ from hubtool.tensors.header import MAX_HEADER
 from hubtool.tensors.reading import Sources, pread_exact, pread_into
 
 ALL = ("sha256", "payload_sha256", "autov1", "autov2", "autov3", "crc32", "blake3")
-_BUFFER = 4 << 20
-_THREADS_FROM = 2 * _BUFFER
-# What must be computed for what is asked, and the lanes that share the work: SHA-256 twice is most of it.
+_BUFFER = 1 << 20  # stays in a core's cache between the hashes of a lane
+_BUFFERS = 6
+_THREADS_FROM = 8 << 20
+# What must be computed for what is asked, and the two lanes that share the work: SHA-256 twice is most of it.
 _BASE = {"autov2": "sha256", "autov3": "payload_sha256"}
-_LANES = (frozenset({"sha256"}), frozenset({"payload_sha256"}), frozenset({"crc32", "blake3"}))
+_LANES = (frozenset({"sha256", "crc32"}), frozenset({"payload_sha256", "blake3"}))
 _AUTOV1 = (0x100000, 0x10000)
 _AUTOV1_FROM = 2 << 20
 _CONTENT_MAGIC = b"hubtool content_id 1\n"
@@ -41,7 +44,7 @@ class Digest(Protocol):
 
 
 def hash_file(path: str | Path, algorithms: Iterable[str] = ALL, progress: Progress = None) -> dict[str, str]:
-    """Hashes of a file by name, read once, hashed by up to three threads. ``progress`` is called with the bytes just read.
+    """Hashes of a file by name, read once, hashed by two threads. ``progress`` is called with the bytes just read.
 
     - ``sha256``: all bytes. ``autov2``: its first 10 digits.
     - ``payload_sha256``: the bytes after a safetensors header, so that editing metadata leaves it. ``autov3``: its first 12 digits.
@@ -119,7 +122,8 @@ def _hash(path: Path, fd: int, names: set[str], progress: Progress) -> dict[str,
     lanes = [[(name, digest) for name in lane & names if (digest := _digest(name, fd, total))] for lane in _LANES]
     busy = [[digest for _, digest in lane] for lane in lanes if lane]
     if busy:
-        feed = _feed_threads if total >= _THREADS_FROM else _feed
+        # one lane alone is faster where the bytes have just been read: in this core's cache
+        feed = _feed_threads if total >= _THREADS_FROM and len(busy) > 1 else _feed
         feed(busy, _Blocks(path, fd, total, progress))
     found = {name: digest.hexdigest() for lane in lanes for name, digest in lane}
     if "autov1" in names and total >= _AUTOV1_FROM:
@@ -155,7 +159,7 @@ def _blake3() -> Digest | None:
 
 
 class _Blocks:
-    """The file in pieces of 4 MiB, read into two buffers in turn: one is hashed while the other is filled."""
+    """The file in pieces of 1 MiB, read into a few buffers in turn: one is filled while the others are hashed."""
 
     def __init__(self, path: Path, fd: int, total: int, progress: Progress) -> None:
         self._file = (path, fd, total)
@@ -163,12 +167,11 @@ class _Blocks:
 
     def __iter__(self) -> Iterator[memoryview]:
         path, fd, total = self._file
-        buffers = [memoryview(bytearray(min(_BUFFER, total))) for _ in range(2)]
-        for at in range(0, total, _BUFFER):
-            view = buffers[0][: min(_BUFFER, total - at)]
+        buffers = [memoryview(bytearray(min(_BUFFER, total))) for _ in range(_BUFFERS)]
+        for at, buffer in zip(range(0, total, _BUFFER), cycle(buffers), strict=False):
+            view = buffer[: min(_BUFFER, total - at)]
             pread_into(fd, view, at, path)
             yield view
-            buffers.reverse()
             if self._progress is not None:
                 self._progress(len(view))
 
@@ -185,12 +188,21 @@ def _feed(lanes: list[list[Digest]], blocks: Iterable[memoryview]) -> None:
 
 
 def _feed_threads(lanes: list[list[Digest]], blocks: Iterable[memoryview]) -> None:
-    # the digests release the GIL; a block is handed out when every lane is done with the one before
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(len(lanes)) as pool:
+    # the digests release the GIL; one thread for each lane keeps its blocks in order
+    pools = [ThreadPoolExecutor(1) for _ in lanes]
+    pending: deque[list[Future[None]]] = deque()
+    try:
         for block in blocks:
-            for future in pending:
-                future.result()
-            pending = [pool.submit(_update, lane, block) for lane in lanes]
-        for future in pending:
-            future.result()
+            pending.append([pool.submit(_update, lane, block) for pool, lane in zip(pools, lanes, strict=True)])
+            if len(pending) == _BUFFERS:
+                _wait(pending.popleft())  # its buffer is filled next
+        for futures in pending:
+            _wait(futures)
+    finally:
+        for pool in pools:
+            pool.shutdown()
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
