@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,11 +22,43 @@ from hubtool.errors import CorruptFile, FileError, FileMissing, WouldOverwrite
 PART_SUFFIX = ".hubtool-part"
 PAGE = 4096
 _COPY = 2 << 20  # larger calls of copy_file_range were measured slower
+_FLUSH = 32 << 20  # bytes written before a flush begins beside the copy
 _MARGIN = 64 << 20
 _NAME_MAX = 255
 _NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
 _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_ALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+class _Flusher:
+    """Sends written pages to the disk beside the copy, so that the fsync at the end finds little left to do.
+
+    An error is kept: the kernel reports it once per descriptor, so it must not be lost in the background.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def kick(self) -> None:
+        """Start a flush unless one is under way."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._flush, daemon=True)
+            self._thread.start()
+
+    def _flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._error = self._error or error
+
+    def finish(self) -> None:
+        """Wait for the last flush; raise what any of them met."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class Output:
@@ -37,6 +70,18 @@ class Output:
         self._at = 0
         self._copies = True
         self._scratch = memoryview(b"")
+        self._flusher = _Flusher(fd)
+        self._flushed = 0
+
+    def _advance(self, count: int) -> None:
+        self._at += count
+        if self._at - self._flushed >= _FLUSH:
+            self._flushed = self._at
+            self._flusher.kick()
+
+    def settle(self) -> None:
+        """Wait until nothing is flushed in the background any more; raise what a flush met."""
+        self._flusher.finish()
 
     def tell(self) -> int:
         """Bytes written so far."""
@@ -47,7 +92,7 @@ class Output:
         view = memoryview(data).cast("B")
         while view:
             count = os.write(self.fd, view)
-            self._at += count
+            self._advance(count)
             view = view[count:]
 
     def copy_range(self, source: int, offset: int, length: int) -> None:
@@ -73,7 +118,7 @@ class Output:
         views = [window[start - first : end - first] for start, end in ranges]
         wanted = sum(map(len, views))
         count = os.writev(self.fd, views)
-        self._at += count
+        self._advance(count)
         if count < wanted:  # a short write: the rest one by one
             for view in views:
                 skipped = min(count, len(view))
@@ -105,7 +150,7 @@ class Output:
             if count == 0:
                 return offset
             offset += count
-            self._at += count
+            self._advance(count)
         return offset
 
 
@@ -128,11 +173,14 @@ def atomic_file(path: Path, size: int | None, *, force: bool = False) -> Iterato
         yield output
         if size is not None and output.tell() != size:
             raise FileError(f"{output.tell()} bytes were written, {size} were planned", path=final)
+        output.settle()
         os.fsync(output.fd)
         _publish(output.part, final, force)
     except OSError as error:
         raise _explained(error, final) from error
     finally:
+        with suppress(OSError):  # on the way out of an error: the descriptor may only be closed when no flush uses it
+            output.settle()
         with suppress(FileNotFoundError):
             os.unlink(output.part)
         os.close(output.fd)
