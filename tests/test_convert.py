@@ -14,7 +14,7 @@ from hubtool.cli.main import cli
 from hubtool.errors import BadValues, ConversionError, LossyConversion, UnknownFamily, UsageProblem, WouldOverwrite
 from hubtool.formats import open_file
 from hubtool.layouts import parse_file
-from hubtool.layouts.vocabulary import vocabulary
+from hubtool.layouts.vocabulary import weight_shape
 from hubtool.ops.convert import Target, plan
 from hubtool.ops.verify import compare
 from hubtool.tensors.evaluate import to_bytes
@@ -126,7 +126,7 @@ def test_folding_a_power_of_two_is_exact(tmp_path: Path) -> None:
 def test_a_loss_is_refused_by_name_unless_allowed(tmp_path: Path) -> None:
     adapter = make("sd1", UNET[:2], alphas=(1.0,))
     key, patch = next(iter(adapter.patches.items()))
-    shape = (1, vocabulary("sd1").weight_shape(*key)[1], 1, 1)  # type: ignore[index]
+    shape = (1, weight_shape("sd1", *key)[1], 1, 1)  # type: ignore[index]
     per_input = {**adapter.patches, key: replace(patch, dora_scale=values(shape, 9))}  # type: ignore[type-var]
     source = write(replace(adapter, patches=per_input), tmp_path / "a.safetensors", "kohya")
     with pytest.raises(LossyConversion, match="per input") as refused:

@@ -20,7 +20,7 @@ from tests.support.files import floats, safetensors_bytes, write_safetensors
 HELLO = {
     "sha256": "b94d27b9934d3e08a52e52d7da7dabfac484efe37a5380ee9088f7ace2efcde9",
     "autov2": "b94d27b993",
-    "crc32": "85114A0D",
+    "crc32": "85114a0d",
     "blake3": "d74981efa70a0c880b8d8c1985d075dbcbf679b99a5f9914e5aaf96b831a9e24",
 }
 
@@ -48,7 +48,7 @@ def test_a_large_file_hashed_on_threads_gives_what_each_definition_gives(big: Pa
         "autov1": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
         "autov2": hashlib.sha256(data).hexdigest()[:10],
         "autov3": payload[:12],
-        "crc32": struct.pack("<I", zlib.crc32(data)).hex().upper(),
+        "crc32": struct.pack("<I", zlib.crc32(data)).hex(),
     }
 
 

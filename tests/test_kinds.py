@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tomllib
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import pytest
 from hubtool.errors import CorruptFile
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
+from hubtool.layouts import kinds
 from hubtool.layouts.identify import identify, recognisers
 from hubtool.layouts.kinds import _tables
 from hubtool.layouts.kinds._values import floats, kurtosis
 from hubtool.layouts.unwrap import unwrap, unwrapped
 from hubtool.resources import schemas
-from tests.support.kinds import base_lists, flat, pickled, signature, tensor
+from tests.support.tensor_files import base_lists, flat, pickled, signature, tensor
 
 FAMILY_OF_BASE = {
     "sd15": "sd1", "sd15-inpaint": "sd1", "sd15-pix2pix": "sd1", "sd21": "sd2", "sdxl": "sdxl", "sdxl-refiner": "sdxl-refiner",
@@ -245,12 +247,65 @@ def test_a_pipeline_folder_is_one_artifact() -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    file = replace(flat({"unet.conv_in.weight": (32, 4, 3, 3)}), config={"model_index.json": index})
+    file = replace(flat({"unet/conv_in.weight": (32, 4, 3, 3)}), config={"model_index.json": index})
     found = identify(file)
     assert (found.kind, found.family, found.family_candidates) == ("diffusers_pipeline", None, ("sd1", "sd2"))
     assert [finding.code for finding in found.findings] == ["missing-component"]
     sized = replace(file, config={"model_index.json": index, "unet/config.json": {"cross_attention_dim": 1024}})
     assert identify(sized).family == "sd2"
+
+
+def test_a_pipeline_of_a_known_denoiser_names_family_components_variant_and_what_is_missing() -> None:
+    """Tensors come as ``component/key``, which no sentinel looks for by itself."""
+    keys = {
+        f"unet/{key}": shape
+        for key, shape in {
+            "conv_in.weight": (320, 9, 3, 3),
+            "conv_out.weight": (4, 320, 3, 3),
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        }.items()
+    }
+    index = {
+        "_class_name": "StableDiffusionInpaintPipeline",
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "safety_checker": [None, None],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    found = identify(replace(flat(keys), format="diffusers-folder", config={"model_index.json": index}))
+    assert (found.family, found.components, found.flags) == ("sd2", {"unet": 3}, ("inpaint",))
+    assert [finding.message for finding in found.findings] == [
+        "model_index.json names text_encoder, its weights are not here",
+        "unet has 3 of at least 686 tensors",
+    ]
+    assert found.evidence[0].startswith("unet/down_blocks.0")
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"_class_name": "AutoencoderKLHunyuanVideo"}, "vae"),
+        ({"_class_name": "FluxTransformer2DModel"}, "checkpoint"),
+        ({"_class_name": "SD3ControlNetModel"}, "controlnet"),
+        ({"architectures": ["CLIPVisionModelWithProjection"]}, "image_encoder"),
+        ({"architectures": ["T5EncoderModel"]}, "text_encoder"),
+        ({"_class_name": "SomethingElse"}, "unknown"),
+        ({"architectures": [3]}, "unknown"),
+    ],
+)
+def test_a_component_folder_of_unknown_tensors_is_what_its_configuration_says(config: Any, kind: str) -> None:
+    file = replace(flat({"a.b": (2, 2)}), format="component-folder", config={"config.json": config})
+    assert identify(file).kind == kind
+
+
+def test_every_kind_is_in_the_closed_list() -> None:
+    """DESIGN 5, and two kinds that ``layouts.kinds`` documents."""
+    source = (module.read_text() for module in Path(kinds.__file__).parent.glob("*.py"))
+    named = {name for text in source for name in re.findall(r"""(?:kind=|Identity\(\s*)"(\w+)\"""", text)}
+    tables = {kind for kind in tomllib.loads((schemas() / "components.toml").read_text()) if kind != "by_width"}
+    assert named | tables <= set(kinds.KINDS)
+    assert set(kinds.KINDS) <= named | tables | {"diffusers_pipeline"}
 
 
 # --- the other training methods ------------------------------------------------------------------------------------------------
@@ -309,7 +364,7 @@ def test_the_five_shapes_of_custom_diffusion(variant: str) -> None:
 def test_null_text_embeddings_say_what_else_they_need(tree: Any) -> None:
     found = identify(pickled(tree))
     assert (found.kind, found.family, found.variant) == ("null_text", "sd1", "50-steps")
-    assert [finding.code for finding in found.findings] == ["needs-companions"]
+    assert [finding.code for finding in found.findings] == ["companion"]
 
 
 def test_one_prompt_tensor_is_a_conditioning() -> None:
@@ -341,7 +396,8 @@ def test_a_vector_between_the_two_names_both() -> None:
     found = identify(bare_vector(values))
     assert 4.5 < kurtosis(values) < 30
     assert found.kind_candidates == ("aesthetic_embedding", "textual_inversion")
-    assert [finding.severity for finding in found.findings] == ["info"]
+    assert [finding.code for finding in found.findings] == ["companion", "thin-evidence"]
+    assert {finding.severity for finding in found.findings} == {"info"}
 
 
 def test_half_precision_values_are_read_without_numpy() -> None:

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 
 from hubtool.actions.load import load, save, unload
-from hubtool.adapters.factors import Factors
 from hubtool.adapters.ir import Adapter
 from hubtool.errors import (
     BadValues,
@@ -41,13 +40,6 @@ Q = "attn2.to_q"
 @pytest.fixture
 def pipe() -> Any:
     return tiny.build("sd1")
-
-
-def same(one: tiny.State, other: tiny.State) -> bool:
-    """Every name and every bit."""
-    return {c: list(s) for c, s in one.items()} == {c: list(s) for c, s in other.items()} and all(
-        torch.equal(value, other[component][name]) for component, state in one.items() for name, value in state.items()
-    )
 
 
 def fused(pipe: Any) -> tiny.State:
@@ -102,7 +94,7 @@ def test_pictures_change_and_come_back_bit_for_bit(family: str) -> None:
     load(pipe, tiny.make(pipe, ALL[family]).adapter, name="style")
     assert not torch.allclose(tiny.picture(pipe), plain, atol=1e-3)
     unload(pipe, "style")
-    assert same(tiny.weights(pipe), weights)
+    assert tiny.same(tiny.weights(pipe), weights)
     assert torch.equal(tiny.picture(pipe), plain)
     assert pipe.get_list_adapters() == {}
 
@@ -183,9 +175,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[HubtoolError], str]] = {
     "no rank": (lambda p: replace(p, up=filled(0.0, 64, 0), down=filled(0.0, 0, 64)), ShapeMismatch, "ranks differ"),
     "other width": (lambda p: replace(p, down=filled(0.0, 4, 99)), ShapeMismatch, "64 x 99, the module's is 64 x 64"),
     "3x3 for a linear": (lambda p: replace(p, down=filled(0.0, 4, 64, 3, 3)), ShapeMismatch, "3 x 3"),
-    "loha": (lambda p: Factors("loha", {"hada_w1_a": p.up}), Unsupported, "no layer for loha"),
-    "bias": (lambda p: replace(p, bias=filled(0.0, 64)), Unsupported, "bias"),
-    "dora in one module": (lambda p: replace(p, dora_scale=filled(1.0, 64, 1)), Unsupported, "1 of 16"),
 }  # fmt: skip
 
 
@@ -195,16 +184,27 @@ def test_what_cannot_be_loaded_is_refused_before_anything_changes(pipe: Any, wha
     before, modules = tiny.weights(pipe), dict(pipe.unet.named_modules())
     with pytest.raises(error, match=words):
         load(pipe, bad_patch(tiny.make(pipe, ["unet"], only=Q), change))
-    assert same(tiny.weights(pipe), before)
+    assert tiny.same(tiny.weights(pipe), before)
     assert dict(pipe.unet.named_modules()) == modules
 
 
-def test_a_dora_magnitude_per_input_is_refused_with_the_next_command(pipe: Any) -> None:
-    made = tiny.make(pipe, ["unet"], only=Q)
-    patches = {k: replace(p, dora_scale=filled(1.0, 1, p.down.shape[1])) for k, p in made.adapter.patches.items()}
-    with pytest.raises(Unsupported, match="per input") as caught:
-        load(pipe, Adapter(None, patches))
-    assert "hubtool collapse" in str(caught.value.hint)
+NO_LAYER: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "bias": (lambda p: replace(p, bias=filled(0.0, 64)), "1 modules also change their bias"),
+    "dora in one module": (lambda p: replace(p, dora_scale=filled(1.0, 64, 1)), "1 of 16 modules of unet"),
+    "dora per input": (lambda p: replace(p, dora_scale=filled(1.0, 1, 64)), "a DoRA magnitude per input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_LAYER)
+def test_what_peft_has_no_layer_for_says_why_and_is_not_trained(pipe: Any, what: str) -> None:
+    change, words = NO_LAYER[what]
+    adapter = bad_patch(tiny.make(pipe, ["unet"], only=Q), change)
+    for asked in ({"collapse": False}, {"trainable": True}):
+        with pytest.raises(Unsupported, match=words):
+            load(pipe, adapter, **asked)
+    report = load(pipe, adapter)
+    assert report.collapsed
+    assert any(words in finding.message for finding in report.findings)
 
 
 def test_modules_the_pipeline_does_not_have_are_listed(pipe: Any) -> None:
@@ -217,7 +217,7 @@ def test_modules_the_pipeline_does_not_have_are_listed(pipe: Any) -> None:
 
 def test_a_module_that_is_no_linear_or_convolution_is_refused(pipe: Any) -> None:
     patch = tiny.LowRank(filled(0.0, 16, 2), filled(0.0, 2, 16))
-    with pytest.raises(ShapeMismatch, match="GroupNorm takes no low-rank factors"):
+    with pytest.raises(ShapeMismatch, match="weight of 16 x 16, the module's is 16"):
         load(pipe, Adapter(None, {("unet", "conv_norm_out"): patch}))
 
 
@@ -267,7 +267,7 @@ def test_a_name_that_occurs_in_weight_names_does_no_harm(pipe: Any, name: str) -
     before = tiny.weights(pipe)
     load(pipe, tiny.make(pipe, ["text_encoder"]).adapter, name=name)
     unload(pipe, name)
-    assert same(tiny.weights(pipe), before)
+    assert tiny.same(tiny.weights(pipe), before)
 
 
 def test_fused_adapters_forbid_loading_and_unloading(pipe: Any) -> None:
@@ -348,7 +348,7 @@ def test_a_loader_that_does_not_do_as_planned_is_undone(
     )
     with pytest.raises(LoadMismatch, match=words):
         load(pipe, tiny.make(pipe, ["text_encoder", "unet"], seed=3).adapter, name="two")
-    assert same(tiny.weights(pipe), before)
+    assert tiny.same(tiny.weights(pipe), before)
     assert torch.equal(tiny.picture(pipe), picture)
     assert pipe.get_list_adapters() == {"unet": ["one"]}
     assert pipe.get_active_adapters() == ["one"]
@@ -393,7 +393,7 @@ def test_training_goes_on_from_a_loaded_adapter_and_saves_what_it_reached(pipe: 
         assert torch.equal(stored[held[id(parameter)].replace(".style", "")], parameter)
 
     unload(pipe, "style")
-    assert same(tiny.weights(pipe), base)
+    assert tiny.same(tiny.weights(pipe), base)
     assert all(p.requires_grad for p in parameters(pipe))
     load(pipe, path, name="again")
     assert torch.equal(tiny.picture(pipe), trained)
@@ -465,7 +465,7 @@ def test_an_adapter_added_by_other_means_is_saved_and_unloaded_too(pipe: Any) ->
     patches = adapter_of(pipe, "default").patches.values()
     assert {(p.rank, p.alpha_value, p.scale) for p in patches} == {(2, 6.0, 6 / 2**0.5)}
     unload(pipe, "default")
-    assert same(tiny.weights(pipe), before)
+    assert tiny.same(tiny.weights(pipe), before)
 
 
 def test_factors_are_never_narrowed_to_a_half_precision_pipeline(pipe: Any) -> None:

@@ -16,20 +16,7 @@ from tests.support.adapters import scalar, values
 
 torch = pytest.importorskip("torch")
 
-
-def apply(op: WeightOp, weight: torch.Tensor) -> torch.Tensor:
-    """The operation written out on a plain weight: the oracle."""
-    match op:
-        case TakeRows(start, stop):
-            return weight[start:stop]
-        case TakeCols(start, stop):
-            return weight[:, start:stop]
-        case SwapHalves():
-            return torch.cat([weight[len(weight) // 2 :], weight[: len(weight) // 2]])
-        case Transpose():
-            return weight.T
-        case ReshapeWeight(shape):
-            return weight.reshape(shape)
+from tests.support.patches import apply  # noqa: E402
 
 
 def linear(out: int, inner: int, rank: int, seed: int, alpha: float | None) -> LowRank:

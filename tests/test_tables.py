@@ -8,19 +8,12 @@ from pathlib import Path
 import pytest
 
 from hubtool.errors import UnknownFamily, UnknownLayout
-from hubtool.layouts import tables
-from hubtool.layouts.vocabulary import spellings, vocabulary, written
+from hubtool.layouts import index, tables
+from hubtool.layouts.vocabulary import model, models, places, spellings, weight_shape
 from tests.support.bases import UNETS, unet
 
 FAMILIES = tables.family_ids()
 NAMINGS = [(family, naming) for family in FAMILIES for naming in tables.family(family).namings]
-
-
-@pytest.mark.parametrize("family", sorted(UNETS))
-def test_a_vocabulary_is_that_of_the_installed_diffusers(family: str) -> None:
-    live = {name: tuple(tensor.shape) for name, tensor in unet(family).state_dict().items()}
-    ours = {f"{m}.{p}": tuple(s) for m, ps in vocabulary(family).modules["unet"].items() for p, s in ps.items()}
-    assert ours == live
 
 
 @pytest.mark.parametrize("family", sorted(UNETS))
@@ -30,8 +23,8 @@ def test_a_native_naming_is_the_one_diffusers_converts_from(family: str) -> None
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     naming = next(iter(tables.family(family).namings))
-    names = written(family, naming, "unet")
-    modules = vocabulary(family).modules["unet"]
+    names = {path: place.outside for path, place in places(family, naming, "unet").items()}
+    modules = model(models(family, "unet")[0])
     with torch.device("meta"):
         native = {
             f"model.diffusion_model.{names[m]}.{p}": torch.empty(shape)
@@ -45,21 +38,30 @@ def test_a_native_naming_is_the_one_diffusers_converts_from(family: str) -> None
     }
 
 
-@pytest.mark.parametrize(("family", "naming"), NAMINGS)
-def test_a_naming_spells_every_module_differently(family: str, naming: str) -> None:
+SIZES = [(f, n, size) for f, n in NAMINGS for size in models(f, tables.family(f).namings[n].component)]
+
+
+@pytest.mark.parametrize(("family", "naming", "size"), SIZES)
+def test_a_naming_spells_every_module_once(family: str, naming: str, size: str) -> None:
     component = tables.family(family).namings[naming].component
-    names = written(family, naming, component)
-    assert len(set(names.values())) == len(names)
+    known = places(family, naming, component, size)
+    owners = {place.outside: place.parts for place in known.values()}
+    assert all(owners[place.outside] == place.parts for place in known.values())
+    assert all(path in place.parts for path, place in known.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("joiner", [".", "_"])
 def test_every_spelling_leads_back_to_its_module(family: str, joiner: str) -> None:
-    for component in vocabulary(family).modules:
-        known = spellings(family, component, joiner)
-        for naming in ["diffusers", *tables.family(family).namings]:
-            for path, text in written(family, naming, component).items():
-                assert known[text if joiner == "." else text.replace(".", "_")][1] == path
+    for component in tables.family(family).components:
+        for size in models(family, component):
+            known = spellings(family, component, joiner, size)
+            for naming in ["diffusers", *tables.family(family).namings]:
+                for place in places(family, naming, component, size).values():
+                    if not place.outside:
+                        continue  # parameters of the model itself: no adapter has a module without a name
+                    text = place.outside if joiner == "." else place.outside.replace(".", "_")
+                    assert known[text].parts == place.parts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,14 +69,18 @@ def test_a_usual_naming_exists(family: str) -> None:
     table = tables.family(family)
     for syntax, naming in table.usual.items():
         assert naming in ("diffusers", *table.namings)
-        assert tables.syntaxes()[syntax].allows(naming)
+        assert tables.layout(syntax + "/" + naming, family)
+
+
+def test_the_index_is_that_of_the_tables() -> None:
+    assert index.build() == dict(index._load()), "run `python -m tests.tables`"
 
 
 @pytest.mark.parametrize("walk", tables.syntaxes()["cloneofsimo"].walks, ids=lambda w: f"{w.component}-{len(w.paths)}")
 def test_a_walk_names_real_modules_once(walk: tables.Walk) -> None:
     assert len(set(walk.paths)) == len(walk.paths)
     for family in walk.families:
-        assert all(vocabulary(family).weight_shape(walk.component, path) for path in walk.paths)
+        assert all(weight_shape(family, walk.component, path) for path in walk.paths)
 
 
 def test_the_walks_are_those_measured_on_real_files(shared: Path) -> None:
@@ -88,9 +94,13 @@ def test_the_walks_are_those_measured_on_real_files(shared: Path) -> None:
 def test_the_tables_agree_with_the_verified_rules(family: str, shared: Path) -> None:
     rules = json.loads((shared / "keymaps" / "rules" / f"{family}.json").read_text())
     naming = next(iter(tables.family(family).namings.values()))
-    assert {(r["a"], r["b"]) for r in rules["rules"]} == set(naming.rows.items())
-    pairs = {tuple(pair) for table in rules["block_tables"] for pair in table["blocks"]}
-    assert pairs == {(outside, canonical) for outside, canonical, _ in naming.blocks}
+    found = {place.outside: path for path, place in places(family, naming.id, "unet").items()}
+    assert all(found[row["a"]] == row["b"] for row in rules["rules"] if row["b"] in found.values())
+    pairs = [tuple(pair) for table in rules["block_tables"] for pair in table["blocks"]]
+    assert all(
+        any(found[o].startswith(canonical + ".") for o in found if o.startswith(outside + "."))
+        for outside, canonical in pairs
+    )
 
 
 def test_short_names_stand_for_the_usual_form() -> None:
@@ -110,4 +120,4 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UnknownFamily):
         tables.family("sd9")
     with pytest.raises(UnknownLayout):
-        tables.layout("peft/sgm", "sdxl")
+        tables.layout("peft/bfl", "sdxl")

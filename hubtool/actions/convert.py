@@ -1,9 +1,9 @@
-"""convert: one file into another container, layout, encoding or dtype; lineage goes into the library when the source is in it."""
+"""convert: one file into another container, layout, algorithm, encoding or dtype; lineage goes into the library when the source is in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,21 +82,24 @@ def convert(
     if output is None:
         raise UsageProblem("no output is named", hint="give -o OUT or --out-dir DIR")
     size = execute(made, Path(output), force=options.force, progress=progress)
-    verdict = _verdict(file, Path(output), target.family) if options.verify else None
+    verdict = _verdict(file, made, Path(output), target.family) if options.verify else None
     return Converted(made, Path(output), size, verdict, _record(made, Path(output), options.library))
 
 
-def _verdict(file: TensorFile, output: Path, family: str | None) -> Verdict:
+def _verdict(file: TensorFile, made: Plan, output: Path, family: str | None) -> Verdict:
+    """A mended file is compared as what its keys were meant to say."""
+    from hubtool.layouts.repair import apply
     from hubtool.ops.verify import compare
 
-    return compare(file, open_file(output), family)
+    before = file if made.repair is None else apply(file, made.repair)
+    return compare(before, open_file(output), family)
 
 
 def _with_format(target: Target, output: str | Path | None, options: Options) -> Target:
     if target.format is not None or output is None or options.in_place:
         return target
     suffix = Path(output).suffix.lower()
-    return Target(SUFFIXES.get(suffix), target.layout, target.dtype, target.family, target.component)
+    return replace(target, format=SUFFIXES.get(suffix))
 
 
 def _told(made: Plan) -> str:
@@ -111,7 +114,9 @@ def _record(made: Plan, output: Path, library: str | None) -> str | None:
         return None
     from hubtool.actions.library import record_conversion
 
-    params = {"layout": made.layout, "format": made.format, "fidelity": made.fidelity}
+    params: dict[str, Any] = {"layout": made.layout, "format": made.format, "fidelity": made.fidelity}
+    params |= {"promoted": len(made.promotions)} if made.promotions else {}
+    params |= {"repaired": [name for name, _ in made.repair.rules]} if made.repair else {}
     try:
         record_conversion(library, output, [made.source], "convert", params)
     except RegistryError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,13 +116,24 @@ def _check_values(file: TensorFile) -> Iterator[Finding]:
         if values.near_overflow:
             near.append(ref.name)
     if near:
-        more = f" and {len(near) - 1} more tensors" if len(near) > 1 else ""
+        rest = len(near) - 1
+        more = f" and {rest} more tensor{'s' if rest > 1 else ''}" if rest else ""
         yield Finding("near-overflow", "warning", f"values close to the limit of fp16 in {near[0]}{more}")
 
 
 def _hashes(file: TensorFile) -> Mapping[str, str | None]:
     from hubtool.layouts.content import content_id
+
+    return {**_bytes_hashes(file), "content_id": content_id(file)}
+
+
+def _bytes_hashes(file: TensorFile) -> dict[str, str]:
+    """The hashes of a file; of a folder or of shards the one hash of their tree, as the library has it."""
+    from hubtool.actions.trees import tree_sha256
     from hubtool.tensors.hashing import hash_file
 
-    whole = {} if file.path.is_dir() else hash_file(file.path)
-    return {**{name: value.lower() for name, value in whole.items()}, "content_id": content_id(file)}
+    if file.path.is_dir():
+        return {"tree_sha256": tree_sha256(file, os.fsencode(file.path))}
+    if file.path.name.endswith(".index.json"):
+        return {"tree_sha256": tree_sha256(file, os.fsencode(file.path.parent))}
+    return hash_file(file.path)

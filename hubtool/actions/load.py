@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ def load(
     trainable: bool = False,
     token: str | Sequence[str] | None = None,
     components: Collection[str] | None = None,
+    into: Mapping[str, str] | None = None,
+    collapse: bool | None = None,
     library: str | None = None,
 ) -> LoadReport:
     """Load the adapter that ``ref`` names into ``pipe``: a path, an id, a hash prefix, or an ``Adapter``.
@@ -38,7 +40,15 @@ def load(
     """
     source = ref if isinstance(ref, Adapter) else _path(ref, library)
     return load_into(
-        pipe, source, strength=strength, name=name, trainable=trainable, token=token, components=components
+        pipe,
+        source,
+        strength=strength,
+        name=name,
+        trainable=trainable,
+        token=token,
+        components=components,
+        into=into,
+        collapse=collapse,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hubtool.actions.scan_record import stat_now
-from hubtool.errors import FileMissing, HubtoolError
+from hubtool.actions.trees import tree_sha256
+from hubtool.errors import HubtoolError
 from hubtool.formats.base import TensorFile
 from hubtool.registry import hashing
 from hubtool.registry.columns import signed
 from hubtool.registry.records import FileStat, HashResult, Place
 from hubtool.registry.store import Store
 
-_CHUNK = 1 << 20
 _PAGE = 64
 _SECONDS = 0.5
 
@@ -95,7 +94,8 @@ def compute(place: Place) -> tuple[dict[str, str], str | None]:
 
     if place.link == "folder" or place.path.endswith(".index.json"):
         file = open_file(place.path)
-        return {"tree_sha256": _tree(place, file)}, _content_id(file)
+        base = place.raw if place.link == "folder" else os.path.dirname(place.raw)
+        return {"tree_sha256": tree_sha256(file, base)}, _content_id(file)
     hashes = hash_file(place.path)
     try:
         return hashes, _content_id(open_file(place.path))
@@ -107,27 +107,3 @@ def _content_id(file: TensorFile) -> str | None:
     from hubtool.layouts.content import content_id
 
     return content_id(file)
-
-
-def _tree(place: Place, file: TensorFile) -> str:
-    """SHA256 over the lines ``<sha256>  <relative name>`` of every file read, sorted by name."""
-    if not file.files:
-        raise FileMissing("nothing in it can be hashed", path=place.path)
-    base = place.raw if place.link == "folder" else os.path.dirname(place.raw)
-    digest = hashlib.sha256()
-    for path in sorted(os.fsencode(path) for path in file.files):
-        digest.update(_sha256(path).encode() + b"  " + os.path.relpath(path, base) + b"\n")
-    return digest.hexdigest()
-
-
-def _sha256(path: bytes) -> str:
-    digest = hashlib.sha256()
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        offset = 0
-        while chunk := os.pread(fd, _CHUNK, offset):
-            digest.update(chunk)
-            offset += len(chunk)
-    finally:
-        os.close(fd)
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ ModuleKey = tuple[str, str]  # (component, canonical module path): ("unet", "dow
 
 
 class Patch(Protocol):
-    """One module's change. Concrete kinds: ``low_rank.LowRank``; others join as files of their own."""
+    """One module's change. Each kind is a file of its own in this room; ``registry.make`` chooses it."""
 
     @property
     def algorithm(self) -> str: ...
@@ -29,20 +29,39 @@ class Patch(Protocol):
         """The stored alpha; None when the file has none (then scale is 1)."""
 
     @property
+    def scale(self) -> float:
+        """What multiplies the factors' product at strength 1; 1.0 for kinds without such a factor."""
+
+    @property
     def dora_scale(self) -> Expr | None: ...
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether ``delta`` depends on the base weight."""
 
     @property
     def weight_shape(self) -> Shape | None:
         """Shape of the base weight this patch changes; None where the factors alone cannot tell."""
 
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """(out, in * kh * kw) of the base weight, as far as the factors tell."""
+
     def roles(self) -> Iterator[tuple[str, Expr]]:
         """(role, tensor) pairs in canonical order: up, down, mid, dora_scale, bias ..."""
+
+    def check(self, name: str) -> None:
+        """Raise ``CorruptFile`` when the tensors do not fit one another. ``name`` is the module, for the message."""
 
     def under(self, op: WeightOp) -> Patch:
         """The patch of ``op(W)`` such that its delta is ``op(delta)``. Raises ``errors.Unsupported`` with the reason."""
 
     def delta(self, base: Any = None) -> Any:
-        """The change of the base weight at strength 1 as an fp32 torch tensor, for kinds that need no base."""
+        """The change of the base weight at strength 1 as an fp32 torch tensor. Raises ``Unsupported`` without a base that is needed,
+        ``ShapeMismatch`` for one of another size."""
+
+    def bias_delta(self, base_bias: Any = None) -> Any | None:
+        """The change of the module's bias at strength 1 as an fp32 vector; None where it stays."""
 
 
 @dataclass(frozen=True, slots=True)

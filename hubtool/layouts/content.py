@@ -5,11 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from hubtool.adapters.low_rank import LowRank
+from hubtool.adapters.factors import Factors
+from hubtool.adapters.ir import Patch
+from hubtool.adapters.rotation import Rotation
 from hubtool.formats.base import TensorFile
 from hubtool.layouts.parse import Parsed, recognise
 from hubtool.layouts.unwrap import unwrapped
 from hubtool.tensors import hashing
+from hubtool.tensors.dtypes import numel
 from hubtool.tensors.expr import Expr, Literal, Read, reshape
 
 Item = tuple[str, str, Expr]
@@ -18,8 +21,9 @@ Item = tuple[str, str, Expr]
 def content_id(file: TensorFile) -> str | None:
     """Hash over sorted (canonical path, role, dtype, shape, bytes); None for a file without tensors.
 
-    Adapters: paths are canonical, scales are fp64 values whatever carried them (an absent alpha is the rank), and factors have the
-    shape of a linear or full convolution module, so that kohya, diffusers and legacy forms of one adapter agree. Everything else: the file's own names.
+    Adapters: paths are canonical and fused modules cut into their parts; scales are fp64 values whatever carried them (an absent alpha is
+    the rank), a rotation's constraint likewise; an alpha that means nothing does not count; factors have the shape of a linear or full
+    convolution module. So kohya, diffusers, native and legacy forms of one adapter agree. Everything else: the file's own names.
     Raises ``CorruptFile`` for a broken adapter.
     """
     parsed = recognise(file)
@@ -36,19 +40,32 @@ def _plain(file: TensorFile) -> Iterator[Item]:
 def _adapter(parsed: Parsed) -> Iterator[Item]:
     adapter = parsed.adapter
     for (component, path), patch in adapter.patches.items():
-        name = f"{component}.{path}"
-        scaled = isinstance(patch, LowRank)
-        for role, tensor in patch.roles():
-            if role == "dora_scale" and isinstance(patch, LowRank) and patch.dora_axis == "out":
-                yield name, role, reshape(tensor, (patch.up.shape[0],))
-            elif not (scaled and role == "alpha"):
-                yield name, role, _squeezed(tensor)
-        if isinstance(patch, LowRank):
-            yield name, "scale", Literal(struct.pack("<d", patch.scale), "F64", ())
+        for role, tensor in _roles(patch):
+            yield f"{component}.{path}", role, tensor
     for embedding in adapter.embeddings:
         yield f"embedding.{embedding.token}", "vectors", embedding.vectors
     for key, ref in adapter.extras.items():
         yield key, "extra", Read(ref)
+
+
+def _roles(patch: Patch) -> Iterator[tuple[str, Expr]]:
+    """What a module does, apart from how it was written: the effect of alpha instead of alpha."""
+    if isinstance(patch, Factors):
+        yield from patch.roles()
+        return
+    per_output = getattr(patch, "dora_axis", None) == "out"
+    for role, tensor in patch.roles():
+        if role == "dora_scale" and per_output:
+            yield role, reshape(tensor, (numel(tensor.shape),))
+        elif role != "alpha":
+            yield role, _squeezed(tensor)
+    yield "scale", _number(patch.scale)
+    if isinstance(patch, Rotation) and patch.constraint is not None:
+        yield "constraint", _number(patch.constraint)
+
+
+def _number(value: float) -> Expr:
+    return Literal(struct.pack("<d", value), "F64", ())
 
 
 def _squeezed(tensor: Expr) -> Expr:

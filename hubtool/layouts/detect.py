@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hubtool.layouts import tables
-from hubtool.layouts.vocabulary import spellings, vocabulary
+from hubtool.layouts import index, tables, vocabulary
+from hubtool.layouts.naming import Place
 from hubtool.tensors.dtypes import numel
 from hubtool.types import Shape
+
+_STACK = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
+
+Stem = tuple[str, tuple[str, ...], str]  # the prefix, the components it may mean, and the module as spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,64 +24,178 @@ class Module:
     stem: str
     out: int | None = None
     inner: int | None = None
+    prefix: str = ""
+
+    @property
+    def key(self) -> Stem:
+        return self.prefix, self.components, self.stem
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How one model explains the modules of one component. ``found``: stem -> (place, whether the shape agrees; None: not to be told)."""
+
+    component: str
+    model: str
+    found: Mapping[Stem, tuple[Place, bool | None]]
+
+    @property
+    def score(self) -> tuple[int, int, bool]:
+        """Names found less the shapes that contradict, then names found, then whether the file reaches this model's last blocks."""
+        wrong = sum(agrees is False for _, agrees in self.found.values())
+        return len(self.found) - wrong, len(self.found), self.ends
+
+    def agreement(self, modules: Iterable[Module]) -> tuple[int, int]:
+        """(modules whose shape agrees, modules whose name is known) among ``modules``."""
+        hits = [self.found[module.key][1] for module in modules if module.key in self.found]
+        return sum(map(bool, hits)), len(hits)
+
+    @property
+    def ends(self) -> bool:
+        """Whether every stack of blocks that the file touches is touched to its last block."""
+        touched = _deepest(part for place, _ in self.found.values() for part in place.parts)
+        last = _deepest(vocabulary.model(self.model))
+        return bool(touched) and all(index == last.get(stack) for stack, index in touched.items())
+
+
+def _deepest(paths: Iterable[str]) -> dict[str, int]:
+    """stack of blocks -> its highest index: ``transformer_blocks`` -> 18."""
+    stacks: dict[str, int] = {}
+    for path in paths:
+        found = _STACK.match(path)
+        if found:
+            stacks[found[1]] = max(stacks.get(found[1], -1), int(found[2]))
+    return stacks
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How one family explains the modules. ``found``: stem -> (component, naming, canonical path)."""
+    """How one family explains the modules. ``found``: stem -> (component, place); ``sizes``: component -> the model it fits best.
+
+    ``ends``: every component of the file reaches the last blocks of its model.
+    """
 
     family: str
-    found: Mapping[tuple[tuple[str, ...], str], tuple[str, str, str]]
+    found: Mapping[Stem, tuple[str, Place]]
+    sizes: Mapping[str, str]
     contradictions: tuple[str, ...]
     checked: int
+    ends: bool
 
     @property
     def score(self) -> tuple[int, int]:
-        return (len(self.found), -len(self.contradictions))
+        return len(self.found) - len(self.contradictions), len(self.found)
 
 
 def match(modules: Iterable[Module], joiner: str, family: str | None = None) -> tuple[Match, ...]:
-    """Matches of the best families: most names found, then fewest shape contradictions. Several when the file cannot tell.
+    """Matches of the best families: most names found whose shapes agree. Several when the file cannot tell.
 
     With ``family`` only that one is tried.
     """
     listed = tuple(modules)
-    names = tables.family_ids() if family is None else (tables.family(family).id,)
-    every = [one for one in (_match(name, listed, joiner) for name in names) if one.found]
-    if not every:
-        return ()
-    best = max(one.score for one in every)
-    return tuple(one for one in every if one.score == best)
+    best: list[Match] = []
+    for name, most in _possible(listed, family):
+        if best and most < best[0].score[0]:
+            break  # no family from here on can reach what another has
+        one = _match(name, listed, joiner)
+        if not one.found or (best and one.score < best[0].score):
+            continue
+        best = [*best, one] if best and one.score == best[0].score else [one]
+    return tuple(sorted(best, key=lambda one: one.family))
+
+
+def _possible(modules: Sequence[Module], family: str | None) -> Iterable[tuple[str, int]]:
+    """(family, the most modules it could know), the likeliest first."""
+    if family is not None:
+        return [(tables.family(family).id, len(modules))]
+    return index.shortlist([module.stem for module in modules])
 
 
 def _match(name: str, modules: tuple[Module, ...], joiner: str) -> Match:
-    found: dict[tuple[tuple[str, ...], str], tuple[str, str, str]] = {}
+    fits_ = [fit for component in tables.family(name).components for fit in [_best(name, component, modules, joiner)]]
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(module.prefix, []).append(module)
+    found: dict[Stem, tuple[str, Place]] = {}
     wrong: list[str] = []
     checked = 0
+    for group in groups.values():
+        ranked = sorted(fits_, key=lambda fit: fit.agreement(group), reverse=True)
+        for key in (module.key for module in group):
+            fit = _owner(key, ranked)
+            if fit is None:
+                continue
+            place, agrees = fit.found[key]
+            found[key] = fit.component, place
+            checked += agrees is not None
+            if agrees is False:
+                wrong.append(place.parts[0])
+    return Match(name, found, {fit.component: fit.model for fit in fits_}, tuple(wrong), checked, _end(fits_, found))
+
+
+def _owner(key: Stem, ranked: list[Fit]) -> Fit | None:
+    """The component a module belongs to: one whose weight has its shape, else the one that explains most under its prefix."""
+    able = [fit for fit in ranked if key in fit.found]
+    return next((fit for fit in able if fit.found[key][1]), next(iter(able), None))
+
+
+def _end(fits_: list[Fit], found: Mapping[Stem, tuple[str, Place]]) -> bool:
+    used = {component for component, _ in found.values()}
+    return all(fit.ends for fit in fits_ if fit.component in used)
+
+
+def _best(name: str, component: str, modules: tuple[Module, ...], joiner: str) -> Fit:
+    """The size of the component that explains most; families list their commonest size first."""
+    mine = [module for module in modules if module.components == ("*",) or component in module.components]
+    best: Fit | None = None
+    for size in vocabulary.models(name, component):
+        fit = _fit(name, component, size, mine, joiner)
+        best = fit if best is None or fit.score > best.score else best
+        if best.score[0] == len(mine) and (best.ends or not mine):
+            break  # nothing fits better than every name and every shape, to the last block
+    assert best is not None, f"{name}: {component} has no models"
+    return best
+
+
+def _fit(name: str, component: str, size: str, modules: list[Module], joiner: str) -> Fit:
+    found: dict[Stem, tuple[Place, bool | None]] = {}
+    known = vocabulary.spellings(name, component, joiner, size) if modules else {}
     for module in modules:
-        hit = look_up(name, module, joiner)
-        if hit is None:
-            continue
-        found[module.components, module.stem] = hit
-        shape = vocabulary(name).weight_shape(hit[0], hit[2])
-        if module.out is not None and shape is not None:
-            checked += 1
-            if not fits(module, shape):
-                wrong.append(hit[2])
-    return Match(name, found, tuple(wrong), checked)
+        place = known.get(module.stem)
+        if place is not None:
+            found[module.key] = place, _agrees(module, place, size)
+    return Fit(component, size, found)
 
 
-def look_up(name: str, module: Module, joiner: str) -> tuple[str, str, str] | None:
-    """(component, naming, canonical path) of a spelled module in one family. ``"*"`` tries every component."""
-    known = vocabulary(name).modules
-    components = known if module.components == ("*",) else [c for c in module.components if c in known]
-    for component in components:
-        hit = spellings(name, component, joiner).get(module.stem)
-        if hit is not None:
-            return component, *hit
-    return None
+def _agrees(module: Module, place: Place, size: str) -> bool | None:
+    shapes = [vocabulary.model(size).get(part, {}).get("weight") for part in place.parts]
+    if module.out is None or None in shapes:
+        return None
+    if place.op != "rows":
+        return fits(module, shapes[0] if place.op != "transpose" else shapes[0][::-1])  # type: ignore[index, arg-type]
+    rows = _running([shape[0] for shape in shapes if shape])
+    return module.out in rows and fits(module, (module.out, *shapes[0][1:]))  # type: ignore[index]
+
+
+def _running(sizes: list[int]) -> list[int]:
+    """The sums of the first parts: a fused module may cover only the leading ones (XLabs leaves the MLP out)."""
+    return [sum(sizes[: k + 1]) for k in range(1, len(sizes))]
 
 
 def fits(module: Module, shape: Shape) -> bool:
     """Whether the factors' sizes are those of a weight of ``shape`` (1x1 convolutions and linear layers are alike)."""
     return module.out == shape[0] and (module.inner is None or module.inner == numel(shape[1:]))
+
+
+def size_of(family: str, component: str, shapes: Mapping[str, Shape | None]) -> str | None:
+    """The model of a component whose weights have most of ``shapes`` (canonical path -> shape); None without such a component."""
+    sizes = vocabulary.models(family, component)
+    if len(sizes) < 2:
+        return next(iter(sizes), None)
+    return max(sizes, key=lambda size: _agreement(vocabulary.model(size), shapes))
+
+
+def _agreement(model: vocabulary.Modules, shapes: Mapping[str, Shape | None]) -> tuple[int, int]:
+    known = [(model[path].get("weight"), shape) for path, shape in shapes.items() if path in model]
+    same = sum(mine is not None and shape is not None and mine[:2] == shape[:2] for mine, shape in known)
+    return same, len(known)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
@@ -13,43 +12,16 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.weight_ops import ReshapeWeight
 from hubtool.errors import ConversionError
 from hubtool.layouts import keys, peft_config, positional, tables
+from hubtool.layouts.emission import Emission, Loss
+from hubtool.layouts.gathering import gather
 from hubtool.layouts.keys import BUNDLE
-from hubtool.layouts.tables import Layout, Syntax
-from hubtool.layouts.vocabulary import vocabulary, written
+from hubtool.layouts.tables import Syntax
+from hubtool.layouts.vocabulary import weight_shape
 from hubtool.tensors import expr as e
 from hubtool.tensors.expr import Expr, Literal, Read
 from hubtool.types import Shape
 
 _PACK = {"F64": "<d", "F32": "<f", "F16": "<e"}
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A tensor or fact that the target cannot hold, and why."""
-
-    what: str
-    reason: str
-
-    def to_json(self) -> dict[str, str]:
-        return {"what": self.what, "reason": self.reason}
-
-
-@dataclass(slots=True)
-class Emission:
-    """Tensors in output order and metadata of one layout. ``roles``: (component, path, role) -> key. ``config``: adapter_config.json.
-
-    ``rounded``: module -> why its numbers are not those of the source bit for bit.
-    """
-
-    layout: Layout
-    container: str
-    tensors: dict[str, Expr] = field(default_factory=dict)
-    roles: dict[tuple[str, str, str], str] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    losses: list[Loss] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rounded: dict[str, str] = field(default_factory=dict)
 
 
 def emit(adapter: Adapter, layout: str, *, family: str | None = None) -> Emission:
@@ -81,12 +53,10 @@ def emit(adapter: Adapter, layout: str, *, family: str | None = None) -> Emissio
 def _names(adapter: Adapter, syntax: Syntax, family: str | None, out: Emission) -> None:
     prefixes = _own_prefixes(syntax, family)
     carried: dict[ModuleKey, LowRank] = {}
-    for (component, path), patch in adapter.patches.items():
+    for (component, path), outside, patch in gather(adapter, out.layout.naming, family, out):
         name = f"{component}.{path}"
-        spelled = _spelled(family, out.layout.naming, component, path, syntax)
-        if spelled is None:
-            out.losses.append(Loss(name, f"{family} has no module of this name in {out.layout.naming} naming"))
-            continue
+        out.patches[component, path] = patch
+        spelled = outside if syntax.joiner == "." else outside.replace(".", "_")
         fitted = _fit(patch, _weight_shape(family, component, path), syntax)
         for role, tensor in _tensors(fitted, syntax, name, out):
             key = keys.write(syntax, prefixes, component, spelled, role)
@@ -96,7 +66,7 @@ def _names(adapter: Adapter, syntax: Syntax, family: str | None, out: Emission) 
                 out.tensors[key] = tensor
                 out.roles[component, path, role] = key
         if isinstance(fitted, LowRank):
-            carried[component, path] = fitted
+            carried[component, outside] = fitted
     if syntax.alpha in ("metadata", "config"):
         _configure(carried, syntax, out)
 
@@ -106,15 +76,8 @@ def _own_prefixes(syntax: Syntax, family: str | None) -> dict[str, str]:
     return {component: text + syntax.joiner for component, text in own.items()}
 
 
-def _spelled(family: str | None, naming: str, component: str, path: str, syntax: Syntax) -> str | None:
-    if naming == "raw":
-        return path
-    text = written(family or "", naming, component).get(path)
-    return text if text is None or syntax.joiner == "." else text.replace(".", "_")
-
-
 def _weight_shape(family: str | None, component: str, path: str) -> Shape | None:
-    return vocabulary(family).weight_shape(component, path) if family else None
+    return weight_shape(family, component, path) if family else None
 
 
 def _fit(patch: Patch, shape: Shape | None, syntax: Syntax) -> Patch:
@@ -252,6 +215,7 @@ def _positions(adapter: Adapter, syntax: Syntax, family: str, out: Emission) -> 
                 hint="choose another layout",
             )
         for index, path in enumerate(walk.paths):
+            out.patches[component, path] = patches[path]
             _position(component, index, path, patches[path], syntax, out)
         if syntax.container == "safetensors":
             out.metadata[component] = json.dumps(list(walk.classes))

@@ -16,12 +16,13 @@ _LONGEST_SUFFIX = 5  # dots in "processor.to_q_lora.lora_A.default.weight" and i
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
-    """A key taken apart: ``stem`` is the module as spelled, with the tail that the suffix swallowed put back."""
+    """A key taken apart: ``stem`` is the module as spelled, with the tail that the suffix swallowed put back. an empty ``prefix`` told nothing about its component."""
 
     key: str
     components: tuple[str, ...]
     stem: str
     role: str
+    prefix: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +72,30 @@ def take_apart(key: str) -> dict[str, Spelled]:
             if stem.startswith(prefix) and (who == "*" or who in components):
                 text = stem[len(prefix) :]
                 owners = components if who == "*" else (who,)
-                views[syntax_id] = Spelled(key, owners, f"{text}.{tail}" if tail else text, role)
+                views[syntax_id] = Spelled(key, owners, f"{text}.{tail}" if tail else text, role, prefix)
                 break
     return views
 
 
 def read(keys: Iterable[str]) -> tuple[Reading, ...]:
-    """Every syntax that explains at least one key, the one that explains most first (ties: table order)."""
+    """Every syntax that explains at least one key, the one that explains most first (ties: table order).
+
+    A syntax without prefixes explains any key with its suffixes: it comes after one that explains half of them by their prefix.
+    """
     views = {key: take_apart(key) for key in keys if not key.startswith(BUNDLE)}
     count = Counter(syntax_id for view in views.values() for syntax_id in view)
+    prefixed = Counter(name for view in views.values() for name, one in view.items() if one.prefix)
+    half = sum(map(bool, views.values())) / 2
+    told = any(times >= half for times in prefixed.values())
     order = list(tables.syntaxes())
-    ranked = sorted(count, key=lambda name: (-count[name], order.index(name)))
+    fit = [name for name in count if _has_what_it_needs(name, views)]
+    ranked = sorted(fit, key=lambda name: (told and prefixed[name] < half, -count[name], order.index(name)))
     return tuple(_reading(name, views) for name in ranked)
+
+
+def _has_what_it_needs(name: str, views: Mapping[str, Mapping[str, Spelled]]) -> bool:
+    needs = tables.syntaxes()[name].needs
+    return not needs or any(view[name].role in needs for view in views.values() if name in view)
 
 
 def _reading(name: str, views: Mapping[str, Mapping[str, Spelled]]) -> Reading:
@@ -93,16 +106,23 @@ def _reading(name: str, views: Mapping[str, Mapping[str, Spelled]]) -> Reading:
 
 def foreign(reading: Reading) -> Counter[str]:
     """Keys left over that another syntax would claim, counted by that syntax: a file of two syntaxes is read differently by every tool."""
-    return Counter(next(iter(view)) for key in reading.others for view in [take_apart(key)] if view)
+    views = (take_apart(key) for key in reading.others)
+    named = ([name for name, one in view.items() if one.prefix] for view in views)
+    return Counter(names[0] for names in named if names)
 
 
 def write(syntax: Syntax, prefixes: Mapping[str, str], component: str, spelled: str, role: str) -> str | None:
     """The key of a tensor; None when the syntax has no place for the role or the module. ``prefixes`` overrides by component."""
-    texts = syntax.roles_of(component).get(role)
     default = syntax.prefixes.get(component, syntax.prefixes.get("*"))
-    if texts is None or default is None:
+    if default is None:
         return None
     prefix = prefixes.get(component, default[0])
+    for owner, tail, text in syntax.ends:
+        if owner == role and spelled.endswith("." + tail):
+            return f"{prefix}{spelled[: -len(tail)]}{text}"
+    texts = syntax.roles_of(component).get(role)
+    if texts is None:
+        return None
     if not syntax.tails:
         return f"{prefix}{spelled}.{texts[0]}"
     for tail, text in syntax.tails:

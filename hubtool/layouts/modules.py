@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
-from hubtool.adapters.factors import Factors
+from hubtool.adapters import registry
 from hubtool.adapters.ir import Patch
-from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import CorruptFile
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import tables
-from hubtool.layouts.detect import Module
+from hubtool.layouts.detect import Module, Stem
 from hubtool.layouts.keys import Spelled
 from hubtool.tensors.decode import decode
 from hubtool.tensors.dtypes import FLOATS, numel
@@ -22,7 +21,7 @@ from hubtool.tensors.expr import Expr, Literal, Read
 from hubtool.tensors.reading import Sources, pread_exact
 from hubtool.tensors.ref import TensorRef
 
-_FACTOR_ROLES = ("up", "down", "mid")
+_NOT_FACTORS = frozenset({"alpha", "on_input", "scaled_oft", "bias_indices", "bias_size"})
 
 
 @dataclass(slots=True)
@@ -33,18 +32,23 @@ class Draft:
     stem: str
     tensors: dict[str, Expr] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    @property
+    def module_key(self) -> Stem:
+        return self.prefix, self.components, self.stem
 
     def module(self) -> Module:
         """What detection needs: name and sizes."""
         out, inner = _sizes(self.tensors)
-        return Module(self.components, self.stem, out, inner)
+        return Module(self.components, self.stem, out, inner, self.prefix)
 
 
 def group(spelled: Iterable[Spelled], tensors: Mapping[str, TensorRef], path: object) -> list[Draft]:
     """Modules in file order. Raises ``CorruptFile`` where two keys give one role (tools disagree about which wins)."""
-    drafts: dict[tuple[tuple[str, ...], str], Draft] = {}
+    drafts: dict[tuple[str, tuple[str, ...], str], Draft] = {}
     for one in spelled:
-        draft = drafts.setdefault((one.components, one.stem), Draft(one.components, one.stem))
+        draft = drafts.setdefault((one.prefix, one.components, one.stem), _draft(one))
         if one.role in draft.tensors:
             first = draft.keys[one.role]
             raise CorruptFile(f"{one.key} and {first} both give {one.role} of one module", path=str(path))
@@ -53,45 +57,38 @@ def group(spelled: Iterable[Spelled], tensors: Mapping[str, TensorRef], path: ob
     return list(drafts.values())
 
 
+def _draft(one: Spelled) -> Draft:
+    return Draft(one.components, one.stem, prefix=one.prefix)
+
+
 def _sizes(tensors: Mapping[str, Expr]) -> tuple[int | None, int | None]:
-    """(out, in * kh * kw) from the factors; None where an algorithm's factors do not tell."""
-    up, down, mid = (tensors.get(role) for role in _FACTOR_ROLES)
-    if up is not None and down is not None and len(up.shape) > 1 and len(down.shape) > 1:
-        kernel = numel(mid.shape[2:]) if mid is not None else 1
-        return up.shape[0], numel(down.shape[1:]) * kernel
-    if "hada_w1_a" in tensors and "hada_w1_b" in tensors and "hada_t1" not in tensors:
-        return tensors["hada_w1_a"].shape[0], tensors["hada_w1_b"].shape[-1]
-    if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
-        return _kronecker(tensors)
-    if "diff" in tensors and len(tensors["diff"].shape) > 1:
-        return tensors["diff"].shape[0], numel(tensors["diff"].shape[1:])
-    return None, None
-
-
-def _kronecker(tensors: Mapping[str, Expr]) -> tuple[int | None, int | None]:
-    """Sizes of kron(w1, w2): products of the factors' rows and of their columns."""
-    first, second = _outer(tensors, "lokr_w1"), _outer(tensors, "lokr_w2")
-    if first is None or second is None or "lokr_t2" in tensors:
+    """(out, in * kh * kw) from the factors; None where an algorithm's factors do not tell, or do not fit one another."""
+    algorithm = _complete(tensors.keys())
+    if algorithm is None:
         return None, None
-    return first[0] * second[0], first[1] * second[1]
+    try:
+        patch = registry.make(algorithm, tensors)
+        patch.check("")
+    except CorruptFile:  # named in its turn, by ``build``
+        return None, None
+    return patch.sizes
 
 
-def _outer(tensors: Mapping[str, Expr], role: str) -> tuple[int, int] | None:
-    whole, a, b = (tensors.get(name) for name in (role, f"{role}_a", f"{role}_b"))
-    if whole is not None:
-        return whole.shape[0], numel(whole.shape[1:])
-    if a is not None and b is not None and a.shape and b.shape:
-        return a.shape[0], numel(b.shape[1:])
+def _complete(have: Set[str]) -> str | None:
+    """The algorithm whose tensors these are."""
+    for algorithm in tables.algorithms():
+        for complete in algorithm.sets:
+            if complete <= have <= complete | algorithm.optional:
+                return algorithm.id
     return None
 
 
 def algorithm_of(roles: Iterable[str], name: str, path: object) -> str | None:
     """The algorithm whose tensors these are; None for a lone alpha. Raises ``CorruptFile`` naming what is missing."""
     have = set(roles)
-    for algorithm in tables.algorithms():
-        for complete in algorithm.sets:
-            if complete <= have <= complete | algorithm.optional:
-                return algorithm.id
+    found = _complete(have)
+    if found is not None:
+        return found
     if have <= {"alpha", "dora_scale"}:
         return None
     raise CorruptFile(
@@ -108,10 +105,10 @@ def _missing(have: set[str]) -> str:
 def build(draft: Draft, algorithm: str, alpha: float | None, path: object) -> Patch:
     """The patch of a complete module, checked."""
     _check_dtypes(draft, path)
-    if algorithm != "lora":
-        return Factors(algorithm, dict(draft.tensors), alpha)
-    patch = LowRank(**draft.tensors, alpha_value=alpha)  # type: ignore[arg-type]
+    key = next(iter(draft.keys.values()), "")
     try:
+        flavour = registry.flavour_of(algorithm, draft.tensors, key)
+        patch = registry.make(algorithm, draft.tensors, alpha, flavour=flavour)
         patch.check(draft.stem)
     except CorruptFile as error:
         error.path = str(path)
@@ -121,7 +118,7 @@ def build(draft: Draft, algorithm: str, alpha: float | None, path: object) -> Pa
 
 def _check_dtypes(draft: Draft, path: object) -> None:
     for role, tensor in draft.tensors.items():
-        if role not in ("alpha", "on_input") and tensor.dtype not in FLOATS:
+        if role not in _NOT_FACTORS and tensor.dtype not in FLOATS:
             raise CorruptFile(
                 f"{draft.keys.get(role, draft.stem)} holds {tensor.dtype} numbers, not floats", path=str(path)
             )

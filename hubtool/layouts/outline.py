@@ -7,28 +7,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hubtool.adapters.ir import ModuleKey
 from hubtool.errors import CorruptFile
-from hubtool.layouts import detect, keys, modules, positional, tables
+from hubtool.layouts import detect, keys, modules, positional, tables, vocabulary
 from hubtool.layouts.detect import Match
 from hubtool.layouts.keys import BUNDLE, Reading
 from hubtool.layouts.modules import Draft
+from hubtool.layouts.naming import Place
 from hubtool.layouts.tables import Layout, Syntax
+from hubtool.layouts.verdict import MOST_CONTRADICTIONS, verdict
 from hubtool.tensors.ref import TensorRef
 
 RAW = "raw"  # the naming of modules no vocabulary knows
 _LEAST_SHARE = 0.5  # of a component's modules that a family must know by name
-_MOST_CONTRADICTIONS = 0.02  # of the shapes checked
 
 RoleKey = tuple[str, str, str]  # component, canonical path, role
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """``modules``: canonical (component, path) -> roles and keys. ``unnamed``: modules outside the family's vocabulary. ``spare``: other keys."""
+    """``modules``: (component, path) -> roles and keys; the path is canonical, but that of a fused module its outside one.
+
+    ``places``: how each of them stands to the canonical modules (absent: the same). ``sizes``: component -> the model of the family that fits.
+    ``unnamed``: modules outside the family's vocabulary. ``spare``: other keys.
+    """
 
     syntax: Syntax
     layout: Layout
@@ -40,6 +45,8 @@ class Outline:
     evidence: tuple[str, ...]
     contradictions: tuple[str, ...] = ()
     checked: int = 0
+    places: Mapping[ModuleKey, Place] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
 
     def keys(self) -> dict[RoleKey, str]:
         """(component, path, role) -> key."""
@@ -47,24 +54,34 @@ class Outline:
 
 
 def outline(
-    tensors: Mapping[str, TensorRef], path: Path, *, structure: object = None, family: str | None = None
+    tensors: Mapping[str, TensorRef],
+    path: Path,
+    *,
+    structure: object = None,
+    family: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Outline | None:
-    """Outline a set of tensors; None when no syntax explains any. Raises ``CorruptFile`` for keys that contradict each other."""
+    """Outline a set of tensors; None when no syntax explains any. Raises ``CorruptFile`` for keys that contradict each other.
+
+    ``metadata`` is a hint where names and shapes fit several families, never evidence against them.
+    """
     placed = positional.read(structure, tensors)
     if placed is not None:
         return _from_positions(placed, family)
     readings = keys.read(tensors)
-    return _from_names(tensors, path, readings[0], family) if readings else None
+    return _from_names(tensors, path, readings[0], family, metadata or {}) if readings else None
 
 
-def _from_names(tensors: Mapping[str, TensorRef], path: Path, reading: Reading, family: str | None) -> Outline:
+def _from_names(
+    tensors: Mapping[str, TensorRef], path: Path, reading: Reading, family: str | None, metadata: Mapping[str, str]
+) -> Outline:
     _refuse_mixture(path, reading)
     _refuse_twins(path, reading)
     drafts = modules.group(reading.spelled, tensors, path)
     found = _families(reading.syntax, drafts, family)
     best = found[0] if found else None
-    named, unnamed = _place(drafts, best, path)
-    settled, candidates, evidence = _verdict(found)
+    named, places, unnamed = _place(drafts, best, path)
+    settled, candidates, evidence = verdict(found, metadata)
     return Outline(
         syntax=reading.syntax,
         layout=Layout(reading.syntax.id, _naming(best)),
@@ -76,6 +93,8 @@ def _from_names(tensors: Mapping[str, TensorRef], path: Path, reading: Reading, 
         evidence=evidence,
         contradictions=best.contradictions if best else (),
         checked=best.checked if best else 0,
+        places=places,
+        sizes=best.sizes if best else {},
     )
 
 
@@ -107,13 +126,13 @@ def _families(syntax: Syntax, drafts: list[Draft], asked: str | None) -> tuple[M
 
 def _plausible(found: Match, drafts: list[Draft]) -> bool:
     """Shapes may all be strange (a base of reduced width) or some names unknown; both together are another family."""
-    strange = len(found.contradictions) > _MOST_CONTRADICTIONS * found.checked
+    strange = len(found.contradictions) > MOST_CONTRADICTIONS * found.checked
     return not (strange and len(found.found) < len(drafts))
 
 
 def _covers(found: Match, drafts: list[Draft]) -> bool:
     total = Counter(draft.components for draft in drafts)
-    hits = Counter(components for components, _ in found.found)
+    hits = Counter(components for _, components, _ in found.found)
     return all(hits[components] >= _LEAST_SHARE * count for components, count in total.items())
 
 
@@ -129,20 +148,29 @@ def _own_prefix(found: Match, syntax: Syntax, drafts: list[Draft]) -> bool:
     return True
 
 
-def _place(drafts: list[Draft], found: Match | None, path: Path) -> tuple[dict[ModuleKey, Draft], list[str]]:
-    """Modules by canonical path, and those that the family does not know (they keep the path they were spelled with)."""
+def _place(
+    drafts: list[Draft], found: Match | None, path: Path
+) -> tuple[dict[ModuleKey, Draft], dict[ModuleKey, Place], list[str]]:
+    """(modules by path, the places of those that are not simply renamed, modules that the family does not know: they keep their spelling)."""
     placed: dict[ModuleKey, Draft] = {}
+    places: dict[ModuleKey, Place] = {}
     unnamed = []
     for draft in drafts:
-        hit = found.found.get((draft.components, draft.stem)) if found else None
-        key = (hit[0], hit[2]) if hit else (_only(draft.components), draft.stem)
+        hit = found.found.get(draft.module_key) if found else None
+        key = (hit[0], _path(hit[1])) if hit else (_only(draft.components), draft.stem)
         if not hit:
             unnamed.append(".".join(key))
+        elif hit[1].op != "rename":
+            places[key] = hit[1]
         if key in placed:
             first, second = (next(iter(d.keys.values())) for d in (placed[key], draft))
             raise CorruptFile(f"{first} and {second} are the same module {'.'.join(key)}", path=path)
         placed[key] = draft
-    return placed, unnamed
+    return placed, places, unnamed
+
+
+def _path(place: Place) -> str:
+    return place.outside if place.op == "rows" else place.parts[0]
 
 
 def _only(components: tuple[str, ...]) -> str:
@@ -150,24 +178,21 @@ def _only(components: tuple[str, ...]) -> str:
 
 
 def _naming(found: Match | None) -> str:
-    """The naming most modules outside the text encoders use (text encoders have only one)."""
+    """The naming that spells most modules outside the text encoders (text encoders have only one); several share many names."""
     if found is None:
         return RAW
-    count = Counter(naming for component, naming, _ in found.found.values() if not component.startswith("text_encoder"))
-    return count.most_common(1)[0][0] if count else "diffusers"
+    rows = [(component, place) for component, place in found.found.values() if not component.startswith("text_encoder")]
+    seen = Counter(place.naming for _, place in rows)
+    if len(seen) < 2:
+        return next(iter(seen), "diffusers")
+    return max(seen, key=lambda naming: (_spelled_alike(naming, rows, found), seen[naming]))
 
 
-def _verdict(found: tuple[Match, ...]) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """(family, candidates, evidence sentences)."""
-    if not found:
-        return None, (), ("no family's module names cover this file",)
-    candidates = tuple(one.family for one in found)
-    best = found[0]
-    evidence = [f"{len(best.found)} module names are those of {', '.join(candidates)}"]
-    if best.checked:
-        evidence.append(f"{best.checked - len(best.contradictions)} of {best.checked} weight shapes agree")
-    settled = len(candidates) == 1 and len(best.contradictions) <= _MOST_CONTRADICTIONS * best.checked
-    return (candidates[0] if settled else None), candidates, tuple(evidence)
+def _spelled_alike(naming: str, rows: list[tuple[str, Place]], found: Match) -> int:
+    """How many of the modules ``naming`` would spell as the file does."""
+    tables_ = {c: vocabulary.places(found.family, naming, c, found.sizes[c]) for c in {c for c, _ in rows}}
+    mine = ((tables_[component].get(place.parts[0]), place) for component, place in rows)
+    return sum(own is not None and own.outside == place.outside for own, place in mine)
 
 
 def _from_positions(placed: positional.Placed, asked: str | None) -> Outline:

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.token_embeddings import parse_bundle
-from hubtool.errors import CorruptFile, RecognitionError
+from hubtool.errors import CorruptFile, RecognitionError, Unsupported
 from hubtool.formats.base import TensorFile
-from hubtool.layouts import modules, peft_config
+from hubtool.layouts import modules, peft_config, placing
 from hubtool.layouts.keys import BUNDLE
 from hubtool.layouts.outline import Outline, RoleKey, outline
 from hubtool.layouts.peft_config import PeftConfig
@@ -27,7 +27,8 @@ _LARGEST_ALPHA = 2e10  # ai-toolkit writes 9999999999 into full-matrix LoKr modu
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """An adapter, and how its file spelled it. ``candidates``: every family that fits; ``keys``: (component, path, role) -> key."""
+    """An adapter, and how its file spelled it. ``candidates``: every family that fits; ``keys``: (component, path, role) -> key, a fused module by
+    its outside path."""
 
     adapter: Adapter
     syntax: Syntax
@@ -55,16 +56,16 @@ def parse_file(file: TensorFile, family: str | None = None) -> Parsed:
 def recognise(file: TensorFile, family: str | None = None) -> Parsed | None:
     """As ``parse_file``, None for a file without adapter tensors. Raises ``CorruptFile`` for a broken adapter."""
     tensors, notes = unwrapped(file)
-    shape = outline(tensors, file.path, structure=file.structure, family=family)
+    shape = outline(tensors, file.path, structure=file.structure, family=family, metadata=file.metadata)
     if shape is None:
         return None
     if file.structure is not None:
         modules.pickled_alphas(file, shape.modules.values())
-    patches, orphans = _patches(file, shape)
+    patches, orphans, kept = _patches(file, shape)
     embeddings, spare = _embeddings(file, tensors, shape)
     spare += orphans
     _refuse_exchanged(file, shape, patches)
-    findings = [*notes, *_findings(file, shape, patches, spare)]
+    findings = [*notes, *kept, *_findings(file, shape, patches, spare)]
     adapter = Adapter(
         family=shape.family,
         patches=MappingProxyType(patches),
@@ -73,16 +74,18 @@ def recognise(file: TensorFile, family: str | None = None) -> Parsed | None:
         metadata=file.metadata,
         findings=tuple(findings),
     )
-    keys = {row: key for row, key in shape.keys().items() if row[:2] in patches}
+    lost = set(orphans)
+    keys = {row: key for row, key in shape.keys().items() if key not in lost}
     return Parsed(adapter, shape.syntax, shape.layout, shape.candidates, MappingProxyType(keys), shape.evidence)
 
 
-def _patches(file: TensorFile, shape: Outline) -> tuple[dict[ModuleKey, Patch], list[str]]:
-    """(patches, keys that belong to no complete module)."""
+def _patches(file: TensorFile, shape: Outline) -> tuple[dict[ModuleKey, Patch], list[str], list[Finding]]:
+    """(patches by canonical path, keys that belong to no complete module, what could not be taken apart)."""
     values = modules.alphas(shape.modules.values(), file.path)
     configs: dict[str, PeftConfig] = {}
     patches: dict[ModuleKey, Patch] = {}
     orphans: list[str] = []
+    whole: list[str] = []
     for (component, path), draft in shape.modules.items():
         algorithm = modules.algorithm_of(draft.tensors, draft.stem, file.path)
         if algorithm is None:
@@ -91,9 +94,32 @@ def _patches(file: TensorFile, shape: Outline) -> tuple[dict[ModuleKey, Patch], 
         patch = modules.build(draft, algorithm, values.get(draft.keys.get("alpha", "")), file.path)
         if isinstance(patch, LowRank) and shape.syntax.alpha in ("metadata", "config"):
             config = configs.setdefault(component, _config(file, shape.syntax, component))
-            patch = _scaled(_upright(patch), config, path)
-        patches[component, path] = patch
-    return patches, orphans
+            patch = _scaled(_upright(patch), config, draft.stem)
+        for key, part in _canonical((component, path), patch, shape, whole).items():
+            if key in patches:
+                raise CorruptFile(f"{'.'.join(key)} is changed twice, once by {draft.stem}", path=file.path)
+            patches[key] = part
+    return patches, orphans, _kept_whole(whole)
+
+
+def _canonical(key: ModuleKey, patch: Patch, shape: Outline, whole: list[str]) -> dict[ModuleKey, Patch]:
+    """The patches of the canonical modules that an outside module stands for; itself where its algorithm cannot be taken apart."""
+    place = shape.places.get(key)
+    if place is None:
+        return {key: patch}
+    try:
+        found = placing.canonical(patch, place, shape.sizes[key[0]])
+    except Unsupported as reason:
+        whole.append(f"{place.outside} ({reason})")
+        return {(key[0], place.outside): patch}
+    return {(key[0], path): part for path, part in found.items()}
+
+
+def _kept_whole(whole: list[str]) -> list[Finding]:
+    if not whole:
+        return []
+    text = f"{len(whole)} fused modules stay whole, since their algorithm cannot be cut there: first {whole[0]}"
+    return [Finding("fused-whole", "info", text)]
 
 
 def _upright(patch: LowRank) -> LowRank:
@@ -157,9 +183,14 @@ def _findings(
         for component in dict.fromkeys(component for component, _ in patches):
             yield from _config(file, shape.syntax, component).findings
     if spare:
-        yield Finding("unknown-keys", "warning", f"{len(spare)} tensors belong to no module, first {spare[0]}")
+        yield Finding(
+            "unknown-keys",
+            "warning",
+            f"{_several(len(spare), 'tensor belongs', 'tensors belong')} to no module, first {spare[0]}",
+        )
     if shape.unnamed:
-        text = f"{len(shape.unnamed)} modules are not in the family's vocabulary, first {shape.unnamed[0]}"
+        many = _several(len(shape.unnamed), "module is", "modules are")
+        text = f"{many} not in the family's vocabulary, first {shape.unnamed[0]}"
         yield Finding("unknown-module", "warning", text)
     if shape.contradictions:
         text = f"{len(shape.contradictions)} of {shape.checked} weight shapes fit no known base, first {shape.contradictions[0]}"
@@ -176,3 +207,7 @@ def _alpha_findings(patches: Mapping[ModuleKey, Patch]) -> Iterable[Finding]:
     for code, hits, text in checks:
         if hits:
             yield Finding(code, "warning", f"{len(hits)} {text}")
+
+
+def _several(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"

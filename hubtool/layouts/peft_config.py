@@ -32,10 +32,10 @@ class PeftConfig:
     findings: tuple[Finding, ...] = ()
 
     def alpha_of(self, path: str) -> float | None:
-        """The module's alpha: the longest pattern that ends its path, else the default."""
+        """The module's alpha: the longest pattern that ends its path (``^``: that is all of it), else the default."""
         parts = path.split(".")
-        for i in range(len(parts)):
-            value = self.alpha_pattern.get(".".join(parts[i:]))
+        for ending in ("^" + path, *(".".join(parts[i:]) for i in range(len(parts)))):
+            value = self.alpha_pattern.get(ending)
             if value is not None:
                 return value
         return self.alpha
@@ -69,7 +69,7 @@ def from_dict(config: Mapping[str, Any]) -> PeftConfig:
     findings = [
         Finding("alpha-pattern", "error", f"alpha_pattern key {key!r} is no literal module name") for key in odd[:3]
     ]
-    plain = {key.removeprefix("^").replace("\\", ""): float(value) for key, value in literal.items()}
+    plain = {key.replace("\\", ""): float(value) for key, value in literal.items()}
     return PeftConfig(alpha, plain, config.get("use_rslora") is True, tuple(findings))
 
 

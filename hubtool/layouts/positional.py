@@ -10,7 +10,7 @@ from hubtool.layouts import tables
 from hubtool.layouts.detect import fits
 from hubtool.layouts.modules import Draft
 from hubtool.layouts.tables import Syntax, Walk
-from hubtool.layouts.vocabulary import vocabulary
+from hubtool.layouts.vocabulary import weight_shape
 from hubtool.tensors.expr import Read
 from hubtool.tensors.ref import TensorRef
 
@@ -89,7 +89,7 @@ def _families(walk: Walk, component: str, modules: list[Draft]) -> Iterator[str]
     if component not in ("", walk.component) or len(modules) != len(walk.paths):
         return
     for name in walk.families:
-        shapes = [vocabulary(name).weight_shape(walk.component, path) for path in walk.paths]
+        shapes = [weight_shape(name, walk.component, path) for path in walk.paths]
         if all(shape and fits(draft.module(), shape) for shape, draft in zip(shapes, modules, strict=True)):
             yield name
 

@@ -20,7 +20,8 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import FileError
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import peft_config
-from hubtool.layouts.emit import Emission, pack
+from hubtool.layouts.emission import Emission
+from hubtool.layouts.emit import pack
 from hubtool.layouts.outline import Outline, outline
 from hubtool.layouts.peft_config import KEY as PEFT_KEY
 from hubtool.tensors import expr as e
@@ -38,15 +39,24 @@ _LARGEST = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Where a file came from. ``raw`` is the source's header JSON (synthetic for sources that had none)."""
+    """Where a file came from. ``raw`` is the source's header JSON (synthetic for sources that had none); ``families``: what it was read as."""
 
     layout: str
     format: str
     raw: bytes
+    families: tuple[str, ...] = ()
 
     def dump(self) -> str:
         packed = base64.b64encode(zlib.compress(self.raw, 6)).decode()
-        return json.dumps({"version": _VERSION, "layout": self.layout, "format": self.format, "header": packed})
+        return json.dumps(
+            {
+                "version": _VERSION,
+                "layout": self.layout,
+                "format": self.format,
+                "families": self.families,
+                "header": packed,
+            }
+        )
 
 
 def load(metadata: Mapping[str, str]) -> Receipt | None:
@@ -60,13 +70,14 @@ def load(metadata: Mapping[str, str]) -> Receipt | None:
         raw = unpacker.decompress(packed, _LARGEST)
         if unpacker.unconsumed_tail:
             return None
-        return Receipt(str(document["layout"]), str(document["format"]), raw)
+        families = tuple(map(str, document.get("families", ())))
+        return Receipt(str(document["layout"]), str(document["format"]), raw, families)
     except (ValueError, KeyError, TypeError, RecursionError, binascii.Error, zlib.error):
         return None
 
 
-def of_file(file: TensorFile, layout: str) -> Receipt:
-    """The receipt for a source: the one it carries itself, else one made from its own header."""
+def of_file(file: TensorFile, layout: str, families: tuple[str, ...] = ()) -> Receipt:
+    """The receipt for a source read as one of ``families``: the one it carries itself, else one made from its own header."""
     carried = load(file.metadata)
     if carried is not None:
         return carried
@@ -74,7 +85,7 @@ def of_file(file: TensorFile, layout: str) -> Receipt:
     if raw is None:
         entries = ((name, t.dtype, t.shape, t.nbytes) for name, t in file.tensors.items())
         raw = header.serialise(entries, dict(file.metadata))
-    return Receipt(layout, file.format, raw)
+    return Receipt(layout, file.format, raw, families)
 
 
 def carried_metadata(metadata: Mapping[str, str], *without: str) -> dict[str, str]:
@@ -104,15 +115,15 @@ def restore(receipt: Receipt, adapter: Adapter, emission: Emission) -> Restored 
     origin = _header(receipt)
     if origin is None or emission.losses or emission.rounded:
         return None
-    shape = outline(origin.tensors, Path("origin"), family=adapter.family)
-    if shape is None or not _same_modules(shape, emission) or not _same_scales(origin, shape, adapter):
+    shape = outline(origin.tensors, Path("origin"), family=adapter.family, metadata=origin.metadata)
+    if shape is None or not _same_modules(shape, emission) or not _same_scales(origin, shape, emission):
         return None
     wanted = {key: row for row, key in shape.keys().items()}
     spare: dict[str, Expr] = {key: Read(ref) for key, ref in adapter.extras.items()}
     spare |= {item.token: item.vectors for item in adapter.embeddings if item.token}
     tensors: dict[str, Expr] = {}
     for key, ref in origin.tensors.items():
-        tensor = _again(wanted[key], adapter, emission, ref.dtype, ref.shape) if key in wanted else spare.pop(key, None)
+        tensor = _again(wanted[key], emission, ref.dtype, ref.shape) if key in wanted else spare.pop(key, None)
         if tensor is None or tensor.dtype != ref.dtype or numel(tensor.shape) != numel(ref.shape):
             return None
         tensors[key] = e.reshape(tensor, ref.shape)
@@ -135,14 +146,14 @@ def _same_modules(shape: Outline, emission: Emission) -> bool:
     return then == now
 
 
-def _same_scales(origin: header.Header, shape: Outline, adapter: Adapter) -> bool:
+def _same_scales(origin: header.Header, shape: Outline, emission: Emission) -> bool:
     """Where the origin had no alpha tensor, its configuration (or the rule alpha = rank) gives the scale the adapter has now."""
-    configs = {c: peft_config.of_component(origin.metadata, c) for c in adapter.components()}
+    configs = {c: peft_config.of_component(origin.metadata, c) for c, _ in shape.modules}
     for (component, path), draft in shape.modules.items():
-        patch = adapter.patches[component, path]
+        patch = emission.patches.get((component, path))
         if "alpha" in draft.keys or not isinstance(patch, LowRank):
             continue
-        alpha = configs[component].alpha_of(path) if shape.syntax.alpha == "metadata" else None
+        alpha = configs[component].alpha_of(draft.stem) if shape.syntax.alpha == "metadata" else None
         then = replace(
             patch, alpha_value=alpha, rank_stabilised=configs[component].rank_stabilised and alpha is not None
         )
@@ -151,13 +162,11 @@ def _same_scales(origin: header.Header, shape: Outline, adapter: Adapter) -> boo
     return True
 
 
-def _again(
-    row: tuple[str, str, str], adapter: Adapter, emission: Emission, dtype: str, shape: tuple[int, ...]
-) -> Expr | None:
+def _again(row: tuple[str, str, str], emission: Emission, dtype: str, shape: tuple[int, ...]) -> Expr | None:
     component, path, role = row
     if role != "alpha":
         return emission.tensors[emission.roles[row]]
-    patch = adapter.patches[component, path]
+    patch = emission.patches[component, path]
     stored = dict(patch.roles()).get("alpha")
     if stored is not None and stored.dtype == dtype:
         return stored

@@ -13,29 +13,30 @@ from typing import Any
 
 from hubtool import resources
 from hubtool.errors import TableError, UnknownFamily, UnknownLayout
-
-
-@dataclass(frozen=True, slots=True)
-class Naming:
-    """How one outside vocabulary calls the modules of a component. ``blocks``: (outside, canonical, leaves or None for "same below")."""
-
-    id: str
-    component: str
-    rows: Mapping[str, str]
-    blocks: tuple[tuple[str, str, Mapping[str, str] | None], ...]
+from hubtool.layouts.naming import PARTS, Naming
+from hubtool.layouts.naming import naming as read_naming
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family. ``usual``: syntax -> the naming it uses when none is asked for."""
+    """A model family. ``descends_from``: the family whose modules it took over unchanged, which claims files that fit both. ``components``: component -> the models (sizes) it may be; ``usual``: syntax -> the naming it uses when none is asked for;
+    ``namings``: the first table of each naming; ``naming_tables``: all, one per naming and component.
+    """
 
     id: str
     title: str
     base_model: str
     claims: tuple[str, ...]
+    descends_from: str | None
+    components: Mapping[str, tuple[str, ...]]
     usual: Mapping[str, str]
     prefixes: Mapping[str, Mapping[str, str]]
     namings: Mapping[str, Naming]
+    naming_tables: tuple[Naming, ...]
+
+    def naming_of(self, component: str, naming: str) -> Naming | None:
+        """The table of a naming for one component."""
+        return next((one for one in self.naming_tables if (one.id, one.component) == (naming, component)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class Syntax:
     ``prefixes``: component -> spellings, the written one first (``"*"`` stands for a single unnamed component).
     ``roles``: component or ``"*"`` -> role -> suffixes, the written one first. ``tails``: (module tail, spelling) pairs for syntaxes whose
     suffix swallows the end of the module path. ``alpha``: where scales live: ``tensor``, ``metadata``, ``config`` or ``none``.
+    ``ends``: (role, module tail, suffix) for tensors known by the end of their module's name. ``needs``: roles one of which must occur for the keys to be evidence.
+    ``namings``: the usual one first (``native``: the family's own); ``order``: among syntaxes that explain a file equally well, the lowest wins.
     """
 
     id: str
@@ -67,17 +70,17 @@ class Syntax:
     prefixes: Mapping[str, tuple[str, ...]]
     roles: Mapping[str, Mapping[str, tuple[str, ...]]]
     tails: tuple[tuple[str, str], ...]
+    ends: tuple[tuple[str, str, str], ...]
+    needs: frozenset[str]
     walks: tuple[Walk, ...]
     positional: bool
     single_component: bool
     flat_magnitude: bool
     lycoris: bool
+    order: int
 
     def roles_of(self, component: str) -> Mapping[str, tuple[str, ...]]:
         return self.roles.get(component, self.roles["*"])
-
-    def allows(self, naming: str) -> bool:
-        return "*" in self.namings or naming in self.namings or ("native" in self.namings and naming != "diffusers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,41 +113,27 @@ def family(name: str) -> Family:
         raise UnknownFamily(f"there is no family {name!r}", hint=f"known families: {', '.join(family_ids())}")
     doc = _read(resources.schemas() / "families" / f"{name}.toml")
     head = doc["family"]
-    namings = {key: _naming(key, body) for key, body in doc.get("naming", {}).items()}
+    namings = [read_naming(key, body) for key, body in doc.get("naming", {}).items()]
     return Family(
         id=head["id"],
         title=head["title"],
         base_model=head["base_model"],
         claims=tuple(head["claims"]),
+        descends_from=head.get("descends_from"),
+        components=MappingProxyType({key: tuple(models) for key, models in doc["components"].items()}),
         usual=MappingProxyType(doc.get("usual", {})),
         prefixes=MappingProxyType({k: MappingProxyType(v) for k, v in doc.get("prefixes", {}).items()}),
-        namings=MappingProxyType(namings),
+        namings=MappingProxyType({one.id: one for one in reversed(namings)}),
+        naming_tables=tuple(namings),
     )
-
-
-def _naming(name: str, body: Mapping[str, Any]) -> Naming:
-    blocks = tuple(
-        (outside, canonical, None if block["leaves"] == "*" else MappingProxyType(block["leaves"]))
-        for block in body.get("blocks", ())
-        for outside, canonical in block["pairs"]
-    )
-    rows = body.get("rows", {})
-    _check_injective(name, [*rows.values()], "a canonical module has two rows")
-    _check_injective(name, [canonical for _, canonical, _ in blocks], "a canonical block has two rows")
-    return Naming(name, body["component"], MappingProxyType(rows), blocks)
-
-
-def _check_injective(name: str, values: list[str], why: str) -> None:
-    twice = {value for value in values if values.count(value) > 1}
-    if twice:
-        raise TableError(f"naming {name}: {why}: {sorted(twice)[0]}")
 
 
 @cache
 def syntaxes() -> Mapping[str, Syntax]:
-    """All syntaxes by id, in file order."""
+    """All syntaxes by id, in their ``order``, then by name."""
     docs = {doc["syntax"]["id"]: doc for doc in map(_read, sorted((resources.schemas() / "syntaxes").glob("*.toml")))}
-    return MappingProxyType({name: _syntax(doc, docs) for name, doc in docs.items()})
+    found = sorted((_syntax(doc, docs) for doc in docs.values()), key=lambda one: (one.order, one.id))
+    return MappingProxyType({one.id: one for one in found})
 
 
 def _syntax(doc: Mapping[str, Any], docs: Mapping[str, Mapping[str, Any]]) -> Syntax:
@@ -162,11 +151,14 @@ def _syntax(doc: Mapping[str, Any], docs: Mapping[str, Mapping[str, Any]]) -> Sy
         prefixes=MappingProxyType({key: tuple(value) for key, value in doc["prefixes"].items()}),
         roles=_roles(doc, lycoris=head.get("lycoris", False)),
         tails=tuple((row["module"], row["text"]) for row in doc.get("tails", ())),
+        ends=tuple((row["role"], row["module"], row["text"]) for row in doc.get("ends", ())),
+        needs=frozenset(head.get("needs", ())),
         walks=tuple(map(_walk, walks)),
         positional=head.get("positional", False),
         single_component=head.get("single_component", False),
         flat_magnitude=head.get("one_dimensional_magnitude", False),
         lycoris=head.get("lycoris", False),
+        order=head.get("order", 50),
     )
 
 
@@ -215,14 +207,19 @@ def suffixes() -> Mapping[str, tuple[tuple[str, str, str, str], ...]]:
     """suffix text -> ((syntax id, component or ``"*"``, role, module tail), ...) over all named syntaxes."""
     table: dict[str, dict[tuple[str, str, str, str], None]] = {}
     for syntax in syntaxes().values():
-        if syntax.positional:
-            continue
-        for who, roles in syntax.roles.items():
-            for role, texts in roles.items():
-                for tail, stem in syntax.tails or (("", ""),):
-                    for text in texts:
-                        table.setdefault(f"{stem}.{text}" if stem else text, {})[(syntax.id, who, role, tail)] = None
+        for text, row in _suffix_rows(syntax) if not syntax.positional else ():
+            table.setdefault(text, {})[row] = None
     return MappingProxyType({text: tuple(rows) for text, rows in table.items()})
+
+
+def _suffix_rows(syntax: Syntax) -> Iterator[tuple[str, tuple[str, str, str, str]]]:
+    for who, roles in syntax.roles.items():
+        for role, texts in roles.items():
+            for tail, stem in syntax.tails or (("", ""),):
+                for text in texts:
+                    yield (f"{stem}.{text}" if stem else text), (syntax.id, who, role, tail)
+    for role, module, text in syntax.ends:
+        yield text, (syntax.id, "*", role, module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,22 +244,24 @@ def layout(name: str, family_id: str | None) -> Layout:
         raise UnknownLayout(f"there is no layout {name!r}", hint=f"known layouts: {', '.join(known)}")
     table = family(family_id) if family_id else None
     naming = tail or _usual_naming(syntax, table)
-    if naming == "native":
-        naming = next(iter(table.namings), "diffusers") if table else "diffusers"
+    if naming.removesuffix(PARTS) == "native":
+        naming = native(table) + naming.removeprefix("native")
     known_here = {"diffusers", "index", "raw", *(table.namings if table else ())}
-    if naming not in known_here or not (naming == "raw" or syntax.allows(naming)):
+    if naming.removesuffix(PARTS) not in known_here:
         raise UnknownLayout(
-            f"layout {name!r}: {syntax.id} has no naming {naming!r} for {family_id or 'an unknown family'}"
+            f"layout {name!r}: {family_id or 'an unknown family'} has no naming {naming!r}",
+            hint=f"its namings: {', '.join(sorted(known_here - {'index', 'raw'}))}",
         )
     return Layout(syntax.id, naming)
+
+
+def native(table: Family | None) -> str:
+    """The naming of the family's original checkpoint: its first whole one; ``diffusers`` where there is no other."""
+    return next((one.id for one in table.namings.values() if not one.partial), "diffusers") if table else "diffusers"
 
 
 def _usual_naming(syntax: Syntax, table: Family | None) -> str:
     if table and syntax.id in table.usual:
         return table.usual[syntax.id]
     first = syntax.namings[0]
-    if first == "*":
-        return "diffusers"
-    if first == "native":
-        return next(iter(table.namings), "diffusers") if table else "diffusers"
-    return first
+    return "diffusers" if first == "*" else first

@@ -1,4 +1,4 @@
-"""Module vocabularies: every module of a family with its parameter shapes, and look-up of any spelling of a name.
+"""Module vocabularies: every module of a model with its parameter shapes, and look-up of any spelling of a name.
 
 Names are never un-flattened by pattern: ``.`` -> ``_`` has no collision in any measured vocabulary, so a dictionary inverts it exactly.
 """
@@ -6,87 +6,125 @@ Names are never un-flattened by pattern: ``.`` -> ``_`` has no collision in any 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import MappingProxyType
 
 from hubtool import resources
 from hubtool.errors import TableError
-from hubtool.layouts.tables import Naming, family
+from hubtool.layouts.naming import PARTS, Naming, Place, compiled, numbered
+from hubtool.layouts.tables import family
 from hubtool.types import Shape
 
+Modules = Mapping[str, Mapping[str, Shape]]
+Entries = list[tuple[str, Mapping[str, Shape]]]
 _OPTIONAL_HEAD = "text_model."  # transformers >= 5.6 drops it in CLIPTextModel; files exist in both forms
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """``modules``: component -> canonical module -> {parameter: shape}."""
-
-    family: str
-    modules: Mapping[str, Mapping[str, Mapping[str, Shape]]]
-
-    def weight_shape(self, component: str, path: str) -> Shape | None:
-        """Shape of the module's weight; None when the family has no such module."""
-        shape = self.modules.get(component, {}).get(path, {}).get("weight")
-        return None if shape is None else tuple(shape)
+_GROUP = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}")
 
 
 @cache
-def vocabulary(name: str) -> Vocabulary:
-    """The vocabulary of a family, loaded once."""
+def model(name: str) -> Modules:
+    """Module path -> {parameter: shape} of one model, loaded once. ``""`` holds top-level parameters."""
     path = resources.schemas() / "vocabularies" / f"{name}.json.gz"
-    return Vocabulary(name, json.loads(gzip.decompress(path.read_bytes())))
+    return MappingProxyType(expand(json.loads(gzip.decompress(path.read_bytes()))))
+
+
+def expand(folded: Mapping[str, Mapping[str, Iterable[int]]]) -> dict[str, Mapping[str, Shape]]:
+    """A vocabulary file with its ``{a..b}`` groups written out, in the model's order; modules of one line share their table of shapes."""
+    shapes = {path: {name: tuple(shape) for name, shape in own.items()} for path, own in folded.items()}
+    return dict(_expanded(list(shapes.items())))
+
+
+def _expanded(entries: Entries) -> Entries:
+    """Entries under the same leading group are neighbours: expand what follows the group once, then repeat it per index."""
+    found: Entries = []
+    for group, members in itertools.groupby(entries, key=lambda entry: _leading(entry[0])):
+        if group is None:
+            found += members
+            continue
+        before, first, last = group
+        cut = len(f"{before}{{{first}..{last}}}")
+        below = _expanded([(path[cut:], parameters) for path, parameters in members])
+        for index in range(int(first), int(last) + 1):
+            head = f"{before}{index}"
+            found += [(head + tail, parameters) for tail, parameters in below]
+    return found
+
+
+def _leading(path: str) -> tuple[str, str, str] | None:
+    match = _GROUP.match(path)
+    return None if match is None else (match[1], match[2], match[3])
+
+
+def models(name: str, component: str) -> tuple[str, ...]:
+    """The models (sizes) that a family's component may be; empty when it has no such component."""
+    return family(name).components.get(component, ())
 
 
 @cache
-def spellings(name: str, component: str, joiner: str) -> Mapping[str, tuple[str, str]]:
-    """spelled module -> (naming, canonical path), for one component and joiner (``.`` or ``_``)."""
-    table: dict[str, tuple[str, str]] = {}
-    for naming, spelled, canonical in _names(name, component):
+def modules(name: str, component: str) -> Modules:
+    """Every module of a component over all sizes of the family; shapes are those of the first size that has it."""
+    merged: dict[str, Mapping[str, Shape]] = {}
+    for one in reversed(models(name, component)):
+        merged |= model(one)
+    return MappingProxyType(merged)
+
+
+@cache
+def weight_shapes(name: str, component: str, path: str) -> tuple[Shape, ...]:
+    """The shapes a module's weight has, one per size of the family that has it."""
+    tables = (model(one).get(path, {}) for one in models(name, component))
+    return tuple(dict.fromkeys(table["weight"] for table in tables if "weight" in table))
+
+
+def weight_shape(name: str, component: str, path: str) -> Shape | None:
+    """Shape of the module's weight in the first size of the family; None when the family has no such module."""
+    return next(iter(weight_shapes(name, component, path)), None)
+
+
+@cache
+def places(name: str, naming: str, component: str, size: str | None = None) -> Mapping[str, Place]:
+    """canonical path -> where ``naming`` keeps it, for one component (and one model of it; by default the first)."""
+    chosen = size or next(iter(models(name, component)), None)
+    if chosen is None:
+        return MappingProxyType({})
+    if naming.endswith(PARTS):
+        return MappingProxyType(numbered(places(name, naming.removesuffix(PARTS), component, size)))
+    return MappingProxyType(compiled(family(name).naming_of(component, naming), model(chosen)))
+
+
+@cache
+def spellings(name: str, component: str, joiner: str, size: str | None = None) -> Mapping[str, Place]:
+    """spelled module -> its place, for one component and joiner (``.`` or ``_``), over all namings of the family."""
+    table: dict[str, Place] = {}
+    for spelled, place in _names(name, component, size or next(iter(models(name, component)), "")):
+        if not spelled:
+            continue  # parameters of the model itself: no adapter has a module without a name
         text = spelled if joiner == "." else spelled.replace(".", "_")
-        known = table.setdefault(text, (naming, canonical))
-        if known[1] != canonical:
-            raise TableError(f"{name}: {text} is both {known[1]} and {canonical}")
+        known = table.setdefault(text, place)
+        if known.parts != place.parts:
+            raise TableError(f"{name}: {text} is both {known.parts[0]} and {place.parts[0]}")
     return MappingProxyType(table)
 
 
-def _names(name: str, component: str) -> Iterator[tuple[str, str, str]]:
-    modules = vocabulary(name).modules.get(component, {})
-    for path in modules:
-        yield "diffusers", path, path
-    for path in modules:
+def _names(name: str, component: str, size: str) -> Iterator[tuple[str, Place]]:
+    paths = model(size) if size else ()
+    for path in paths:
+        yield path, Place("diffusers", path, (path,))
+    for path in paths:
         if path.startswith(_OPTIONAL_HEAD):
-            yield "diffusers", path.removeprefix(_OPTIONAL_HEAD), path
-    for naming in family(name).namings.values():
+            yield path.removeprefix(_OPTIONAL_HEAD), Place("diffusers", path, (path,))
+    for naming in family(name).naming_tables:
         if naming.component == component:
-            for path in modules:
-                yield naming.id, outside(naming, path), path
+            known = places(name, naming.id, component, size)
+            for place in known.values():
+                yield place.outside, place
+            for place in places(name, naming.id + PARTS, component, size).values() if _fused(naming) else ():
+                yield place.outside, place
 
 
-def outside(naming: Naming, canonical: str) -> str:
-    """The name that ``naming`` gives to a canonical module. A module no row covers keeps its name (its parents do not exist outside)."""
-    for text, path in naming.rows.items():
-        if path == canonical:
-            return text
-    for text, block, leaves in naming.blocks:
-        if not canonical.startswith(block + "."):
-            continue
-        leaf = canonical[len(block) + 1 :]
-        if leaves is None:
-            return f"{text}.{leaf}"
-        for outer, inner in leaves.items():
-            if inner == leaf:
-                return f"{text}.{outer}"
-    return canonical
-
-
-@cache
-def written(name: str, naming: str, component: str) -> Mapping[str, str]:
-    """canonical path -> the spelling that ``naming`` writes (dotted), for one component."""
-    table = family(name).namings.get(naming)
-    modules = vocabulary(name).modules.get(component, {})
-    if table is None or table.component != component:
-        return MappingProxyType({path: path for path in modules})
-    return MappingProxyType({path: outside(table, path) for path in modules})
+def _fused(naming: Naming) -> bool:
+    return any(row.op == "rows" for row in naming.rows)

@@ -23,6 +23,8 @@ def execute(plan: Plan, output: Path, *, force: bool = False, progress: Progress
     """Write the plan to ``output`` and return the bytes written. Raises ``WouldOverwrite``, ``FileError``, ``UsageProblem``."""
     if output.exists() and same_file(output, plan.source):
         raise UsageProblem("the output is the input", path=output, hint="choose another name, or --in-place")
+    if type(plan) is not Plan:
+        return _execute_special(plan, output, force=force, progress=progress)
     if plan.format == "peft-folder":
         return _peft_folder(plan, output)
     if plan.format == "torch-zip":
@@ -33,6 +35,18 @@ def execute(plan: Plan, output: Path, *, force: bool = False, progress: Progress
     return write_safetensors(
         output, plan.tensors, dict(plan.metadata) or None, force=force, header=plan.header, progress=progress
     )
+
+
+def _execute_special(plan: Plan, output: Path, *, force: bool, progress: Progress | None) -> int:
+    """Plans that are more than one file of tensors; their modules are imported only here."""
+    from hubtool.ops.artefacts._image import Restored
+    from hubtool.ops.execute_folder import execute_folder
+    from hubtool.ops.folder_plan import FolderPlan
+
+    if isinstance(plan, FolderPlan):
+        return execute_folder(plan, output, progress=progress)
+    assert isinstance(plan, Restored), type(plan)
+    return plan.write(output, force=force)
 
 
 def _root(output: Path) -> str:

@@ -7,9 +7,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hubtool.layouts.emit import Loss
+from hubtool.layouts.emission import Loss
+from hubtool.layouts.repair import Repair
 from hubtool.tensors.evaluate import is_bytes
 from hubtool.tensors.expr import Expr, size, sources
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """One module rewritten exactly as another algorithm, and the rank that costs."""
+
+    module: str
+    before: str
+    after: str
+    rank_before: int | None
+    rank_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            "from": self.before,
+            "to": self.after,
+            "rank_before": self.rank_before,
+            "rank_after": self.rank_after,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +40,7 @@ class Plan:
     ``tensors``: key -> expression, in output order. ``tree``: the pickled object of a torch file (its leaves are those tensors).
     ``header``: exact JSON header to reuse, so that the file is its origin byte for byte. ``config``: adapter_config.json of a PEFT folder.
     ``fidelity``: ``identical`` (the origin's very bytes), ``exact`` (every number kept), ``rounded``, ``lossy``.
+    ``promotions``: modules rewritten by ``--as``. ``repair``: what ``--repair`` mended first.
     """
 
     source: Path
@@ -32,6 +54,8 @@ class Plan:
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
     rounded: Mapping[str, str] = field(default_factory=dict)
+    promotions: tuple[Promotion, ...] = ()
+    repair: Repair | None = None
 
     @property
     def fidelity(self) -> str:
@@ -69,4 +93,6 @@ class Plan:
             "losses": [loss.to_json() for loss in self.losses],
             "rounded": dict(self.rounded),
             "notes": list(self.notes),
+            "promotions": [promotion.to_json() for promotion in self.promotions],
+            "repair": None if self.repair is None else self.repair.to_json(),
         }

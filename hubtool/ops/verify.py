@@ -8,6 +8,7 @@ from typing import Any
 
 from hubtool.adapters.ir import Adapter, Patch
 from hubtool.adapters.low_rank import LowRank
+from hubtool.errors import Unsupported
 from hubtool.formats.base import TensorFile
 from hubtool.layouts.parse import recognise
 from hubtool.layouts.unwrap import unwrapped
@@ -50,12 +51,21 @@ def _compare_adapters(first: Adapter, second: Adapter) -> Verdict:
 
 def _error(before: Patch, after: Patch) -> float:
     if not (isinstance(before, LowRank) and isinstance(after, LowRank)):
-        return 0.0 if _same_tensors(before, after) else float("inf")
+        return 0.0 if _same_tensors(before, after) else _by_change(before, after)
     if (before.dora_scale is None) != (after.dora_scale is None):
         return float("inf")
     if before.dora_scale is not None and to_bytes(before.dora_scale) != to_bytes(after.dora_scale or before.up):
         return float("inf")
     return _relative(_product(before), _product(after))
+
+
+def _by_change(before: Patch, after: Patch) -> float:
+    """Modules that are written in another algorithm, by the change each makes; infinite where only the base weight could tell."""
+    try:
+        first, second = before.delta(), after.delta()
+    except Unsupported:
+        return float("inf")
+    return _relative(first.double().flatten(1), second.double().flatten(1))
 
 
 def _same_tensors(before: Patch, after: Patch) -> bool:

@@ -7,34 +7,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hubtool.errors import LoadMismatch
-
 _CLIP_PREFIX = "text_model."
+# levels above the decoder layers of a language model, which the classes of transformers wrap more or less deeply
+_LANGUAGE_LEVELS = ("model.language_model.", "language_model.", "model.")
+_LANGUAGE_PARTS = ("layers.", "embed_tokens", "norm")
+# what pipelines call components that the tables call otherwise: Stable Cascade's stages are families of their own transformer
+_ALIASES = {"transformer": ("prior", "prior_prior", "decoder"), "text_encoder": ("prior_text_encoder",)}
 _CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
-# longest matching prefix of the pipeline's class name -> family; SD 1 and SD 2 share a class and are told apart below
-_FAMILIES = {
-    "StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "StableDiffusion": "sd1", "FluxKontext": "flux1", "Flux": "flux1",
-    "Flux2": "flux2", "Chroma": "chroma", "QwenImage": "qwen-image", "ZImage": "z-image", "HunyuanVideo": "hunyuan-video",
-    "HunyuanImage": "hunyuan-image", "Wan": "wan", "LTX": "ltx-video", "LTX2": "ltx2", "Lumina2": "lumina2", "HiDream": "hidream",
-    "AuraFlow": "auraflow", "Sana": "sana", "PixArt": "pixart", "CogVideoX": "cogvideox", "Kolors": "kolors", "Mochi": "mochi",
-}  # fmt: skip
 
 
-def family_of(pipe: Any) -> str | None:
-    """Family of ``pipe`` by its class; SD 2 is the Stable Diffusion whose UNet projects linearly. None for a class unknown here."""
-    name = type(pipe).__name__
-    prefixes = [prefix for prefix in _FAMILIES if name.startswith(prefix)]
-    family = _FAMILIES[max(prefixes, key=len)] if prefixes else None
-    if family == "sd1" and pipe.unet.config.get("use_linear_projection"):
-        return "sd2"
-    return family
+def modules(pipe: Any) -> dict[str, Any]:
+    """Every component that has weights and is present, by name; first those that the pipeline's own loader serves."""
+    from torch import nn
+
+    found = {name: getattr(pipe, name, None) for name in (*_served(pipe), *pipe.components)}
+    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
 
 def components(pipe: Any) -> dict[str, Any]:
-    """The components that diffusers lets adapters change and that are present, by name."""
-    names = getattr(pipe, "_lora_loadable_modules", ())
-    found = {name: getattr(pipe, name, None) for name in names}
-    return {name: model for name, model in found.items() if model is not None}
+    """The components that can hold an adapter as PEFT layers, by name: with diffusers' loader, or text encoders that the pipeline serves."""
+    served = _served(pipe)
+    return {name: one for name, one in modules(pipe).items() if _loads(one, name in served)}
+
+
+def _loads(model: Any, served: bool) -> bool:
+    return hasattr(model, "load_lora_adapter") or (served and hasattr(model, "load_adapter"))
+
+
+def _served(pipe: Any) -> tuple[str, ...]:
+    return tuple(getattr(pipe, "_lora_loadable_modules", ()))
 
 
 def encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
@@ -80,29 +81,30 @@ def base(module: Any) -> Any:
 def live_path(model: Any, path: str) -> str | None:
     """The path under which ``model`` knows the canonical ``path``, or None.
 
-    Canonical CLIP paths start with ``text_model.``; ``CLIPTextModel`` of transformers >= 5.6 dropped that level.
+    Canonical CLIP paths start with ``text_model.``; ``CLIPTextModel`` of transformers >= 5.6 dropped that level. Those of language
+    models start below whatever wraps them.
     """
-    for candidate in (path, path.removeprefix(_CLIP_PREFIX)):
+    wrapped = [level + path for level in _LANGUAGE_LEVELS] if path.startswith(_LANGUAGE_PARTS) else []
+    for candidate in (path, path.removeprefix(_CLIP_PREFIX), *wrapped):
         if _has(model, candidate):
             return candidate
     return None
 
 
 def canonical_path(component: str, path: str) -> str:
-    """Inverse of ``live_path``: gives a flattened CLIP text encoder its ``text_model.`` back."""
-    flat = component.startswith("text_encoder") and path.startswith(_CLIP_PARTS)
-    return _CLIP_PREFIX + path if flat else path
+    """Inverse of ``live_path``: gives a flattened CLIP text encoder its ``text_model.`` back, takes a language model's wrapping away."""
+    if not component.startswith("text_encoder"):
+        return path
+    if path.startswith(_CLIP_PARTS):
+        return _CLIP_PREFIX + path
+    bare = next((path.removeprefix(level) for level in _LANGUAGE_LEVELS if path.startswith(level)), path)
+    return bare if bare.startswith(_LANGUAGE_PARTS) else path
 
 
-def component(pipe: Any, name: str) -> Any:
-    """The component ``name`` of ``pipe``. Raises ``LoadMismatch`` when it is absent or takes no adapters."""
-    found = components(pipe)
-    if name not in found:
-        raise LoadMismatch(
-            f"the adapter changes {name}, which this {type(pipe).__name__} does not have",
-            hint=f"load a part of it: components={sorted(found)}",
-        )
-    return found[name]
+def alias(pipe: Any, component: str) -> str:
+    """What ``pipe`` calls ``component``."""
+    found = modules(pipe)
+    return next((name for name in (component, *_ALIASES.get(component, ())) if name in found), component)
 
 
 @contextmanager
@@ -141,3 +143,8 @@ def _has(model: Any, path: str) -> bool:
             return False
         module = module._modules[part]
     return module is not None
+
+
+def told(component: str) -> tuple[str, ...]:
+    """Inverse of ``alias``: what the tables may call a pipeline's component."""
+    return tuple(name for name, others in _ALIASES.items() if component in others)

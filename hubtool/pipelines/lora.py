@@ -9,22 +9,23 @@ from typing import Any
 from hubtool.errors import LoadMismatch, UsageProblem
 from hubtool.pipelines import live
 from hubtool.pipelines.activity import Activity, activate, observe, restore, restore_scaling, restore_training
-from hubtool.pipelines.plan import LayerPlan, config, grouped, shown
+from hubtool.pipelines.plan import LayerPlan, config, grouped
+from hubtool.pipelines.targets import shown
 
 Plans = dict[str, list[LayerPlan]]
+# the only spelling that diffusers takes for any module of a text encoder: with PEFT's own it asks for attention projections
+_ENCODER_WORDS = {"lora_A.weight": "lora_linear_layer.down.weight", "lora_B.weight": "lora_linear_layer.up.weight"}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def check_name(pipe: Any, name: str) -> None:
-    """Raise ``UsageProblem`` unless ``name`` is free and PEFT can use it as a module's name."""
+def check_name(name: str) -> None:
+    """Raise ``UsageProblem`` unless PEFT can use ``name`` as a module's name."""
     from torch import nn
 
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise UsageProblem(
             f"{name!r} cannot name an adapter in PEFT", hint="use letters, digits and underscores: name="
         )
-    if name in live.adapter_names(pipe):
-        raise UsageProblem(f"an adapter named {name!r} is loaded already", hint=f"hubtool.unload(pipe, {name!r}) first")
 
 
 def check_unfused(pipe: Any) -> None:
@@ -47,7 +48,7 @@ def load_layers(pipe: Any, plans: Plans, name: str, strength: float, *, trainabl
         verify(pipe, plans, name)
         undo.pop_all()
     _settle(pipe, plans, name, strength, before)
-    parameters = [parameter for component in plans for parameter in _parameters(live.component(pipe, component), name)]
+    parameters = [parameter for component in plans for parameter in _parameters(live.modules(pipe)[component], name)]
     restore_training((p, flag and not trainable) for p, flag in before.trains)
     for parameter in parameters:
         parameter.requires_grad_(trainable)
@@ -81,17 +82,22 @@ def verify(pipe: Any, plans: Plans, name: str) -> None:
 
 def _hand_over(pipe: Any, component: str, layers: list[LayerPlan], name: str) -> None:
     """One component through diffusers' own loader. It keeps the tensors it is given, which is why plans hold copies."""
-    state = {f"{component}.{one.path}.{key}": tensor for one in layers for key, tensor in one.tensors().items()}
-    settings, model = config(layers), live.component(pipe, component)
+    settings, model = config(layers), live.modules(pipe)[component]
+    words = {} if hasattr(model, "load_lora_adapter") else _ENCODER_WORDS
+    state = {
+        f"{component}.{one.path}.{words.get(key, key)}": tensor
+        for one in layers
+        for key, tensor in one.tensors().items()
+    }
     quick = settings | {key: grouped(settings[key]) for key in _PATTERNS}
     metadata = {f"{component}.{key}": value for key, value in quick.items()}
     options = {"adapter_name": name, "metadata": metadata, "low_cpu_mem_usage": True, "_pipeline": pipe}
     with live.aside():
         try:
-            if component.startswith("text_encoder"):
-                pipe.load_lora_into_text_encoder(state, None, model, prefix=component, **options)
-            else:
+            if hasattr(model, "load_lora_adapter"):
                 model.load_lora_adapter(state, prefix=component, **options)
+            else:
+                pipe.load_lora_into_text_encoder(state, None, model, prefix=component, **options)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise LoadMismatch(f"diffusers refused the factors of {component}: {error}") from error
     for key in _PATTERNS:  # what diffusers and PEFT will write into files: plain paths
@@ -139,15 +145,25 @@ def _settle(pipe: Any, plans: Plans, name: str, strength: float, before: Activit
     activate(pipe, before, added=name)
     restore_scaling(pipe, before)
     for component in plans:
-        for layer in live.adapter_layers(live.component(pipe, component), name).values():
+        for layer in live.adapter_layers(live.modules(pipe)[component], name).values():
             layer.set_scale(name, strength)
 
 
 def _take_back(pipe: Any, name: str, before: Activity) -> None:
-    pipe.delete_adapters(name)
     for model in live.components(pipe).values():
+        _delete(model, name)
         _unwrap(model)
     restore(pipe, before, without=name)
+
+
+def _delete(model: Any, name: str) -> None:
+    """What the pipeline's ``delete_adapters`` does, for pipelines too that have none."""
+    from diffusers.utils.peft_utils import delete_adapter_layers
+
+    if hasattr(model, "delete_adapters"):
+        model.delete_adapters(name)
+    else:
+        delete_adapter_layers(model, name)
 
 
 def _unwrap(model: Any) -> None:

@@ -1,23 +1,20 @@
-"""From patches to the tensors of PEFT layers: everything that can be refused is refused here, before the pipeline changes."""
+"""From low-rank patches to the tensors of PEFT layers, and why others cannot be such layers. Nothing in the pipeline changes here."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
-from hubtool.errors import BadValues, LoadMismatch, ShapeMismatch, Unsupported, UsageProblem
+from hubtool.errors import BadValues
 from hubtool.pipelines import live
-from hubtool.tensors.dtypes import numel
+from hubtool.pipelines.targets import Target, shown, weight_shape
 from hubtool.tensors.evaluate import compute
 from hubtool.types import Shape
-
-_SHOWN = 5
-_COLLAPSE = "hubtool collapse BASE ADAPTER -o OUT puts it into the weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +42,20 @@ class LayerPlan:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    component: str
-    path: str
-    module: Any
-    patch: LowRank
-
-    def __str__(self) -> str:
-        return f"{self.component}.{self.path}"
+def obstacles(pipe: Any, targets: list[Target]) -> list[str]:
+    """Why these patches cannot be PEFT layers of this pipeline; empty when they can."""
+    return list(
+        dict.fromkeys(
+            [*_of_components(pipe, targets), *_of_kinds(targets), *_of_modules(targets), *_of_magnitudes(targets)]
+        )
+    )
 
 
-def plan(pipe: Any, adapter: Adapter, chosen: Collection[str] | None, *, trainable: bool) -> dict[str, list[LayerPlan]]:
-    """Work out what each component gets. ``chosen`` limits the components; ``trainable`` asks for at least fp32.
+def plan(targets: list[Target], *, trainable: bool) -> dict[str, list[LayerPlan]]:
+    """The layers of each component. ``targets``: without obstacles; ``trainable`` asks for at least fp32.
 
-    Raises ``Unsupported`` for kinds that diffusers cannot hold, ``LoadMismatch`` for modules the pipeline does not have and for
-    another family, ``ShapeMismatch`` for factors that do not fit each other or their module, ``BadValues`` for NaN and infinity.
+    Raises ``BadValues`` for NaN and infinity.
     """
-    patches = _low_rank(_chosen(adapter, chosen))
-    _check_family(pipe, adapter)
-    targets = _targets(pipe, adapter, patches)
-    _check_shapes(pipe, adapter, targets)
-    _check_dora(targets)
     planned: dict[str, list[LayerPlan]] = {}
     for target in targets:
         planned.setdefault(target.component, []).append(_layer(target, trainable))
@@ -106,111 +95,63 @@ def grouped(patterns: Mapping[str, float]) -> dict[str, float]:
     return {f"^(?:{'|'.join(same)})": value for value, same in paths.items()}
 
 
-def shown(names: Iterable[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
-    listed = list(names)
-    rest = len(listed) - _SHOWN
-    return ", ".join(listed[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _of_components(pipe: Any, targets: list[Target]) -> Iterator[str]:
+    holders = live.components(pipe)
+    for component in dict.fromkeys(target.component for target in targets):
+        if component not in holders:
+            yield f"diffusers has no adapter loader for the {component} of a {type(pipe).__name__}"
 
 
-def _chosen(adapter: Adapter, chosen: Collection[str] | None) -> Mapping[ModuleKey, Patch]:
-    if chosen is None:
-        return adapter.patches
-    unknown = set(chosen) - set(adapter.components())
-    if unknown:
-        raise UsageProblem(
-            f"the adapter has no {', '.join(sorted(unknown))}; it changes {', '.join(adapter.components())}"
-        )
-    return {key: patch for key, patch in adapter.patches.items() if key[0] in chosen}
-
-
-def _low_rank(patches: Mapping[ModuleKey, Patch]) -> dict[ModuleKey, LowRank]:
-    found = {key: patch for key, patch in patches.items() if isinstance(patch, LowRank)}
-    others = Counter(patch.algorithm for key, patch in patches.items() if key not in found)
+def _of_kinds(targets: list[Target]) -> Iterator[str]:
+    others = Counter(target.patch.algorithm for target in targets if not isinstance(target.patch, LowRank))
     if others:
-        hint = f"{_COLLAPSE}; hubtool extract makes a lora of the result"
-        raise Unsupported(f"diffusers has no layer for {_counted(others)}: it holds low-rank factors only", hint=hint)
-    biased = sum(patch.bias is not None or patch.diff_b is not None for patch in found.values())
+        listed = ", ".join(f"{name} ({n} modules)" for name, n in others.items())
+        yield f"diffusers has no layer for {listed}: it holds low-rank factors only"
+    biased = sum(one.bias is not None or one.diff_b is not None for one in _low_rank(targets))
     if biased:
-        raise Unsupported(f"{biased} modules also change their bias, which a diffusers adapter cannot", hint=_COLLAPSE)
-    return found
+        yield f"{biased} modules also change their bias, which a diffusers adapter cannot"
+    sparse = sum(one.residual is not None for one in _low_rank(targets))
+    if sparse:
+        yield f"{sparse} modules have a sparse residual beside their factors, which PEFT has no place for"
 
 
-def _counted(names: Counter[str]) -> str:
-    return ", ".join(f"{name} ({n} modules)" for name, n in names.items())
+def _of_modules(targets: list[Target]) -> Iterator[str]:
+    fused = [str(target) for target in targets if target.op != "rename"]
+    if fused:
+        yield f"factors of fused weights that the pipeline keeps in parts: {shown(fused)}"
+    odd = [target for target in targets if target.op == "rename" and not _holds_layer(target)]
+    if odd:
+        names = shown(f"{target} ({type(target.modules[0]).__name__})" for target in odd)
+        yield f"PEFT has no low-rank layer for {names}"
 
 
-def _check_family(pipe: Any, adapter: Adapter) -> None:
-    family = live.family_of(pipe)
-    if adapter.family and family and adapter.family != family:
-        raise LoadMismatch(f"the adapter is for {adapter.family}, this {type(pipe).__name__} is {family}")
+def _of_magnitudes(targets: list[Target]) -> Iterator[str]:
+    modules = Counter(target.component for target in targets)
+    directed = [target for target in targets if target.patch.dora_scale is not None]
+    for component, n in Counter(target.component for target in directed).items():
+        if n != modules[component]:
+            yield f"{n} of {modules[component]} modules of {component} have a DoRA magnitude; PEFT wants all or none"
+    inputs = [str(one) for one in directed if isinstance(one.patch, LowRank) and one.patch.dora_axis == "in"]
+    if inputs:
+        yield f"a DoRA magnitude per input, where PEFT has one per output: {shown(inputs)}"
 
 
-def _targets(pipe: Any, adapter: Adapter, patches: Mapping[ModuleKey, LowRank]) -> list[_Target]:
-    models = {name: live.component(pipe, name) for name in dict(patches.keys())}
-    found, missing = [], []
-    for (component, path), patch in patches.items():
-        at = live.live_path(models[component], path)
-        if at is None:
-            missing.append(f"{component}.{path}")
-        else:
-            found.append(_Target(component, at, live.base(models[component].get_submodule(at)), patch))
-    if missing:
-        message = f"{len(missing)} of {len(patches)} modules are not in this {type(pipe).__name__}: {shown(missing)}"
-        raise LoadMismatch(message, hint=_family_hint(pipe, adapter))
-    return found
+def _low_rank(targets: list[Target]) -> Iterator[LowRank]:
+    return (target.patch for target in targets if isinstance(target.patch, LowRank))
 
 
-def _family_hint(pipe: Any, adapter: Adapter) -> str:
-    return f"the adapter is for {adapter.family or 'an unknown family'}, the pipeline is {live.family_of(pipe) or 'unknown'}"
-
-
-def _check_shapes(pipe: Any, adapter: Adapter, targets: Iterable[_Target]) -> None:
-    problems = [f"{target}: {problem}" for target in targets if (problem := _misfit(target))]
-    if problems:
-        raise ShapeMismatch(f"{len(problems)} modules do not fit: {shown(problems)}", hint=_family_hint(pipe, adapter))
-
-
-def _misfit(target: _Target) -> str | None:
-    up, down, mid = target.patch.up.shape, target.patch.down.shape, target.patch.mid
-    weight = _weight_shape(target.module)
-    if weight is None:
-        return f"a {type(target.module).__name__} takes no low-rank factors"
-    inner = down[:1] if mid is None else mid.shape[:1]
-    if len(up) < 2 or len(down) < 2 or numel(up[2:]) != 1 or up[1:2] != inner or 0 in down:
-        return f"ranks differ: up {_times(up)}, down {_times(down)}"
-    whole = (up[0], down[1], *(target.patch.kernel or (1,) * len(weight[2:])))
-    if whole not in (weight, (*weight, 1, 1)):
-        return f"factors are for a weight of {_times(whole)}, the module's is {_times(weight)}"
-    return None
-
-
-def _times(shape: Shape) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _weight_shape(module: Any) -> Shape | None:
+def _holds_layer(target: Target) -> bool:
     from torch import nn
 
+    module = target.modules[0]
     plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(module, "groups", 1) == 1
-    return tuple(module.weight.shape) if plain else None
+    return plain and target.parameter == "weight"
 
 
-def _check_dora(targets: list[_Target]) -> None:
-    modules = Counter(target.component for target in targets)
-    for component, n in Counter(target.component for target in targets if target.patch.dora_axis).items():
-        if n != modules[component]:
-            problem = (
-                f"{n} of {modules[component]} modules of {component} have a DoRA magnitude; PEFT wants all or none"
-            )
-            raise Unsupported(problem, hint=_COLLAPSE)
-    inputs = [str(target) for target in targets if target.patch.dora_axis == "in"]
-    if inputs:
-        raise Unsupported(f"a DoRA magnitude per input, where PEFT has one per output: {shown(inputs)}", hint=_COLLAPSE)
-
-
-def _layer(target: _Target, trainable: bool) -> LayerPlan:
-    patch, shape = target.patch, tuple(target.module.weight.shape)
+def _layer(target: Target, trainable: bool) -> LayerPlan:
+    patch, module = target.patch, target.modules[0]
+    assert isinstance(patch, LowRank)
+    shape = weight_shape(module) or ()
     ones = (1,) * (len(shape) - 2)
     alpha = float(patch.rank if patch.alpha_value is None else patch.alpha_value)
     if not math.isfinite(alpha):
@@ -218,7 +159,7 @@ def _layer(target: _Target, trainable: bool) -> LayerPlan:
     per_output = (1, shape[0], *ones) if ones else (shape[0],)
     return LayerPlan(
         component=target.component,
-        path=target.path,
+        path=target.paths[0],
         up=_ready(target, "up", (shape[0], patch.rank, *ones), trainable),
         down=_ready(target, "down", (patch.rank, *shape[1:]), trainable),
         magnitude=_ready(target, "dora_scale", per_output, trainable),
@@ -230,12 +171,13 @@ def _layer(target: _Target, trainable: bool) -> LayerPlan:
     )
 
 
-def _ready(target: _Target, role: str, shape: Shape, trainable: bool) -> Any:
+def _ready(target: Target, role: str, shape: Shape, trainable: bool) -> Any:
     """An own, finite copy of a factor in its layer's shape and dtype; None for a role the patch does not have."""
+    assert isinstance(target.patch, LowRank)
     source = _value(target.patch, role)
     if source is None:
         return None
-    wide = source.to(_dtype(source.dtype, target.module.weight.dtype, trainable))
+    wide = source.to(_dtype(source.dtype, target.modules[0].weight.dtype, trainable))
     if not bool(wide.isfinite().all()):
         raise BadValues(f"{role} of {target} holds NaN or infinity")
     return wide.reshape(shape).clone()
@@ -248,13 +190,14 @@ def _value(patch: LowRank, role: str) -> Any:
     expr = getattr(patch, role)
     if role != "down" or patch.mid is None:
         return None if expr is None else compute(expr)
-    return torch.einsum("mnkl,nj->mjkl", compute(patch.mid).float(), compute(expr).float().flatten(1))
+    return torch.einsum("mn...,nj->mj...", compute(patch.mid).float(), compute(expr).float().flatten(1))
 
 
 def _dtype(source: Any, module: Any, trainable: bool) -> Any:
     """The wider of the factor's and the module's dtype, at least fp32 for training. Never narrower, so that no number is lost."""
     import torch
 
-    # every other float holds all float8 values, and torch promotes float8 to nothing
-    wide = module if source.itemsize == 1 else torch.promote_types(source, module)
+    # every other float holds all float8 values, and torch promotes float8 to nothing; quantised weights are packed integers
+    known = [dtype for dtype in (source, module) if dtype.is_floating_point and dtype.itemsize > 1] or [torch.float32]
+    wide = functools.reduce(torch.promote_types, known)
     return torch.promote_types(wide, torch.float32) if trainable else wide

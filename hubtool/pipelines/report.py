@@ -14,7 +14,8 @@ from hubtool.types import Finding
 class LoadReport:
     """``modules``: component -> live paths changed. ``tokens``: encoder -> tokens added. ``parameters``: what an optimizer may train.
 
-    ``findings``: what the user should know, such as a token that was lower-cased.
+    ``findings``: what the user should know, such as a token that was lower-cased. ``collapsed``: the change is in the weights
+    themselves, so that ``pipe.set_adapters`` knows nothing of it; ``unload`` gives the weights their own bits back.
     """
 
     name: str
@@ -23,12 +24,14 @@ class LoadReport:
     tokens: Mapping[str, tuple[str, ...]]
     parameters: tuple[Any, ...] = ()
     findings: tuple[Finding, ...] = ()
+    collapsed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "strength": self.strength,
             "modules": {component: len(paths) for component, paths in self.modules.items()},
+            "collapsed": self.collapsed,
             "tokens": {encoder: list(names) for encoder, names in self.tokens.items()},
             "findings": [finding.to_json() for finding in self.findings],
         }
@@ -36,11 +39,15 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """``dtypes``: (component, path) -> dtype in the source. ``trains``: flags of the base weights, to put back on unloading."""
+    """``dtypes``: (component, path) -> dtype in the source. ``trains``: flags of the base weights, to put back on unloading.
 
-    report: LoadReport
+    ``back``: the pipeline's component -> the adapter's own, where it was loaded into another.
+    """
+
+    report: LoadReport | None = None
     dtypes: Mapping[tuple[str, str], str] = field(default_factory=dict)
     trains: tuple[tuple[Any, bool], ...] = ()
+    back: Mapping[str, str] = field(default_factory=dict)
 
 
 # Weak: the memory goes with the pipeline. An adapter loaded by other means has no record, and unloads and saves without.

@@ -7,13 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hubtool.adapters.ir import Adapter, Embedding, ModuleKey
+from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import LossyConversion, Unsupported, UsageProblem
-from hubtool.layouts import emit
+from hubtool.layouts import emit, tables
 from hubtool.pipelines import live
+from hubtool.pipelines.collapse import collapsed, patches_of
+from hubtool.pipelines.families import family_of
 from hubtool.pipelines.lora import layer_parameters
-from hubtool.pipelines.report import records
+from hubtool.pipelines.report import Record, records
 from hubtool.tensors.dtypes import FROM_TORCH, TORCH_NAME
 from hubtool.tensors.expr import Expr, Literal, reshape
 from hubtool.tensors.writer import write_safetensors
@@ -52,17 +54,36 @@ def adapter_of(pipe: Any, name: str) -> Adapter:
     Factors that were widened for the pipeline and did not change since go back to their own dtype, which loses nothing.
     Raises ``UsageProblem`` when there is no such adapter.
     """
-    record = records(pipe).get(name)
-    patches: dict[ModuleKey, LowRank] = {}
-    for component, model in live.components(pipe).items():
-        for path, layer in live.adapter_layers(model, name).items():
-            dtype = record.dtypes.get((component, path)) if record else None
-            patches[component, live.canonical_path(component, path)] = _patch(layer, name, dtype)
-    embeddings = _embeddings(pipe, record.report.tokens) if record else ()
+    record = records(pipe).get(name, Record())
+    patches: dict[ModuleKey, Patch] = {**_layers(pipe, name, record), **patches_of(pipe, name)}
+    family = _family(pipe)
+    names = {component: _called(record.back.get(component, component), family) for component, _ in patches}
+    patches = {(names[component], path): patch for (component, path), patch in patches.items()}
+    embeddings = _embeddings(pipe, record.report.tokens if record.report else {})
     if not patches and not embeddings:
-        present = ", ".join(sorted(live.adapter_names(pipe))) or "nothing"
+        present = ", ".join(sorted(live.adapter_names(pipe) | collapsed(pipe))) or "nothing"
         raise UsageProblem(f"nothing named {name!r} is loaded", hint=f"loaded: {present}")
-    return Adapter(live.family_of(pipe), MappingProxyType(patches), embeddings)
+    return Adapter(family, MappingProxyType(patches), embeddings)
+
+
+def _family(pipe: Any) -> str | None:
+    """The pipeline's family where a table knows its names; the names of the live modules are used as they are otherwise."""
+    family = family_of(pipe)
+    return family if family in tables.family_ids() else None
+
+
+def _called(component: str, family: str | None) -> str:
+    """What the family's table calls a component of the pipeline."""
+    known = tables.family(family).components if family else ()
+    return component if component in known else next((one for one in live.told(component) if one in known), component)
+
+
+def _layers(pipe: Any, name: str, record: Record) -> dict[ModuleKey, Patch]:
+    return {
+        (component, live.canonical_path(component, path)): _patch(layer, name, record.dtypes.get((component, path)))
+        for component, model in live.components(pipe).items()
+        for path, layer in live.adapter_layers(model, name).items()
+    }
 
 
 def _patch(layer: Any, name: str, dtype: str | None) -> LowRank:

@@ -50,8 +50,10 @@ def hash_file(path: str | Path, algorithms: Iterable[str] = ALL, progress: Progr
     - ``payload_sha256``: the bytes after a safetensors header, so that editing metadata leaves it. ``autov3``: its first 12 digits.
       Absent for other files.
     - ``autov1``: SHA-256 of 64 KiB at offset 1 MiB, 8 digits. Absent below 2 MiB, as at Civitai.
-    - ``crc32``: IEEE, as Civitai prints it: little-endian bytes, upper case. All others are lower-case hexadecimal.
+    - ``crc32``: IEEE, in the byte order in which Civitai prints it (little-endian).
     - ``blake3``: all bytes. Absent when the package is not installed.
+
+    All are lower-case hexadecimal.
 
     Raises ``FileMissing``, ``FileError``, and ``CorruptFile`` when the file changes meanwhile; ``ValueError`` for an unknown name.
     """
@@ -99,7 +101,7 @@ class _Crc32:
         self._value = zlib.crc32(data, self._value)
 
     def hexdigest(self) -> str:
-        return self._value.to_bytes(4, "little").hex().upper()
+        return self._value.to_bytes(4, "little").hex()
 
 
 class _Payload:

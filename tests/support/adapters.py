@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-from hubtool.adapters.ir import Adapter, ModuleKey
+from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
-from hubtool.layouts import emit, tables
-from hubtool.layouts.vocabulary import vocabulary
+from hubtool.layouts import emit, tables, vocabulary
 from hubtool.tensors.expr import Literal
 from hubtool.tensors.writer import write_safetensors
 from hubtool.types import Shape
@@ -38,12 +38,19 @@ def scalar(value: float, dtype: str = "F32") -> Literal:
 
 
 def attention(family: str, limit: int | None = None) -> list[ModuleKey]:
-    """The attention and feed-forward projections kohya trains, over every component, ``limit`` per component."""
+    """The attention and feed-forward projections kohya trains, over every component (of the family's first size), ``limit`` per component."""
     found: list[ModuleKey] = []
-    for component, modules in vocabulary(family).modules.items():
-        names = [m for m, parameters in modules.items() if _trained(m) and len(parameters.get("weight", ())) >= 2]
+    for component in adapted(family):
+        modules = vocabulary.model(vocabulary.models(family, component)[0])
+        weights = [m for m, parameters in modules.items() if len(parameters.get("weight", ())) >= 2]
+        names = [m for m in weights if _trained(m)] or weights
         found += [(component, name) for name in names[:limit]]
     return found
+
+
+def adapted(family: str) -> list[str]:
+    """The components that adapters change."""
+    return [component for component in tables.family(family).components if component != "vae"]
 
 
 def _trained(name: str) -> bool:
@@ -59,20 +66,36 @@ def make(
     dtype: str = "F32",
     seed: int = 0,
 ) -> Adapter:
-    """An adapter of real names and shapes. Ranks and alphas are dealt out in turn."""
-    patches = {}
-    for i, (component, path) in enumerate(modules if modules is not None else attention(family, 6)):
-        shape = vocabulary(family).weight_shape(component, path)
+    """An adapter of real names and shapes. Ranks and alphas are dealt out in turn, one of each to the parts of a fused weight, which share ``down``."""
+    patches: dict[ModuleKey, Patch] = {}
+    groups: dict[ModuleKey, int] = {}
+    for n, (component, path) in enumerate(modules if modules is not None else attention(family, 6)):
+        shape = vocabulary.weight_shape(family, component, path)
         assert shape is not None, path
+        i = groups.setdefault((component, fused(family, component).get(path, (path,))[0]), len(groups))
         rank, alpha = ranks[i % len(ranks)], alphas[i % len(alphas)]
         ones = (1,) * (len(shape) - 2)
         patches[component, path] = LowRank(
-            up=values((shape[0], rank, *ones), seed + 2 * i, dtype),
+            up=values((shape[0], rank, *ones), seed + 2 * n, dtype),
             down=values((rank, *shape[1:]), seed + 2 * i + 1, dtype),
             alpha=None if alpha is None else scalar(alpha, dtype),
             alpha_value=alpha,
         )
     return Adapter(family, MappingProxyType(patches))
+
+
+@cache
+def fused(family: str, component: str) -> Mapping[str, tuple[str, ...]]:
+    """canonical path -> all parts of the fused weight it lies in, by the family's whole namings."""
+    namings = [one for one in tables.family(family).naming_tables if not one.partial]
+    places = (vocabulary.places(family, one.id, component).items() for one in namings)
+    return {path: place.parts for rows in places for path, place in rows if place.op == "rows"}
+
+
+def closed(family: str, modules: Iterable[ModuleKey]) -> list[ModuleKey]:
+    """``modules`` and whatever shares a fused weight with them."""
+    rows = ((c, part) for c, path in modules for part in fused(family, c).get(path, (path,)))
+    return list(dict.fromkeys(rows))
 
 
 def write(adapter: Adapter, path: Path, layout: str, metadata: dict[str, str] | None = None) -> Path:
@@ -86,11 +109,22 @@ def write(adapter: Adapter, path: Path, layout: str, metadata: dict[str, str] | 
 
 def layouts(family: str) -> list[str]:
     """Every (syntax, naming) a safetensors LoRA of the family can have: syntaxes with a prefix for its denoiser, positional ones apart."""
-    names = ["diffusers", *tables.family(family).namings]
-    denoiser = next(c for c in vocabulary(family).modules if not c.startswith("text_encoder"))
+    table = tables.family(family)
+    names = ["diffusers", *(one.id for one in table.namings.values() if not one.partial)]
+    denoiser = adapted(family)[0]
     fit = [
         s
         for s in tables.syntaxes().values()
         if s.container == "safetensors" and not s.positional and "up" in s.roles["*"] and denoiser in s.prefixes
+        if not s.needs or "down" in s.needs
     ]
-    return [f"{s.id}/{naming}" for s in fit for naming in names if s.allows(naming)]
+    return [f"{s.id}/{naming}" for s in fit for naming in _namings(s, table, names)]
+
+
+def _namings(syntax: tables.Syntax, table: tables.Family, whole: list[str]) -> list[str]:
+    """A syntax that is one naming's own (XLabs) exists only in families that have it."""
+    partial = [one.id for one in table.namings.values() if one.partial]
+    own = syntax.namings[0]
+    if own in ("*", "native", "diffusers", "native-parts"):
+        return whole
+    return [own] if own in partial else []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,24 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.pipelines.tiny import build
 from hubtool.tensors.expr import Literal
 
-__all__ = ["Made", "build", "clip", "embedding", "encoded", "flat_path", "literal", "make", "picture", "weights"]
+__all__ = [
+    "Made",
+    "build",
+    "clip",
+    "embedding",
+    "encoded",
+    "flat_path",
+    "literal",
+    "make",
+    "picture",
+    "same",
+    "weights",
+]
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
+_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 State = dict[str, dict[str, torch.Tensor]]
 
 
@@ -42,8 +58,16 @@ def literal(tensor: torch.Tensor) -> Literal:
 def modules(pipe: Any, components: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     for component in components:
         for path, module in getattr(pipe, component).named_modules():
-            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and ".lora_" not in path:
+            if type(module) in _LAYERS and getattr(module, "groups", 1) == 1 and ".lora_" not in path:
                 yield component, path.removesuffix(".base_layer"), module
+
+
+def kinds(pipe: Any, component: str) -> set[str]:
+    """One module for every name that differs in more than its indices, and a second where there is one."""
+    found: dict[str, list[str]] = {}
+    for _, path, _ in modules(pipe, [component]):
+        found.setdefault(re.sub(r"\d+", "#", path), []).append(path)
+    return {path for paths in found.values() for path in (paths[0], paths[-1])}
 
 
 def flat_path(component: str, path: str) -> str:
@@ -56,7 +80,7 @@ def make(
     pipe: Any,
     components: Sequence[str] = ("unet", "text_encoder"),
     *,
-    only: str = "",
+    only: str | Collection[str] = "",
     ranks: Sequence[int] = (4,),
     alphas: Sequence[float | None] = (None,),
     dtype: torch.dtype = torch.float32,
@@ -66,12 +90,12 @@ def make(
     shape_of: Callable[[Any], tuple[int, ...]] = lambda module: tuple(module.weight.shape),
     **extra: Any,
 ) -> Made:
-    """Random factors for every module whose path contains ``only``; ranks and alphas are dealt out in turn."""
+    """Random factors for every module whose path contains ``only`` (or is in it); ranks and alphas are dealt out in turn."""
     generator = torch.Generator().manual_seed(seed)
     deal = zip(itertools.cycle(ranks), itertools.cycle([a for a in alphas for _ in range(len(ranks))]), strict=False)
     made, patches = Made(Adapter(family, {})), {}
     for component, path, module in modules(pipe, components):
-        if only not in path:
+        if not (only in path if isinstance(only, str) else path in only):
             continue
         (rank, alpha), (out, inside, *kernel) = next(deal), shape_of(module)
         up = (torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * 0.2).to(dtype)
@@ -92,8 +116,30 @@ def embedding(token: str | None, width: int, vectors: int = 1, encoder: str | No
 
 def weights(pipe: Any) -> State:
     """Copies of all weights, by component and name."""
-    names = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
-    return {name: {key: value.clone() for key, value in getattr(pipe, name).state_dict().items()} for name in names}
+    found = {name: one for name, one in pipe.components.items() if isinstance(one, torch.nn.Module) and name != "vae"}
+    return {name: {key: value.clone() for key, value in one.state_dict().items()} for name, one in found.items()}
+
+
+def same(one: State, other: State) -> bool:
+    """Every name and every bit."""
+    return {c: list(s) for c, s in one.items()} == {c: list(s) for c, s in other.items()} and all(
+        torch.equal(value, other[component][name]) for component, state in one.items() for name, value in state.items()
+    )
+
+
+def effective(pipe: Any) -> State:
+    """The weights as they act now, under their own names: with the delta of every active PEFT layer added, in fp64."""
+    found: State = {}
+    for name, state in weights(pipe).items():
+        found[name] = {k.replace(".base_layer", ""): v for k, v in state.items() if "lora_" not in k}
+        for path, layer in getattr(pipe, name).named_modules():
+            for adapter in getattr(layer, "active_adapters", ()) if hasattr(layer, "lora_A") else ():
+                if adapter in layer.lora_A:
+                    key = f"{path}.weight"
+                    up, down = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
+                    delta = layer.scaling[adapter] * (up.double().flatten(1) @ down.double().flatten(1))
+                    found[name][key] = found[name][key].double() + delta.reshape(found[name][key].shape)
+    return found
 
 
 def picture(pipe: Any, prompt: str = "a cat") -> torch.Tensor:

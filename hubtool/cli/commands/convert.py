@@ -1,7 +1,9 @@
-"""Convert between containers, key layouts, embedding encodings and dtypes."""
+"""Convert between containers, key layouts, algorithms, embedding encodings and dtypes; mend broken keys."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from hubtool.actions.convert import Converted, Options, convert
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import HubtoolError, PartialFailure, UsageProblem
-from hubtool.ops.convert import SUFFIXES, Target
+from hubtool.ops.convert import ALGORITHMS, SUFFIXES, Target
+from hubtool.ops.plan import Plan
 
-_EXTENSION = {"safetensors": ".safetensors", "torch-zip": ".pt", "peft-folder": ""}
+_EXTENSION = {"safetensors": ".safetensors", "torch-zip": ".pt", "peft-folder": "", "diffusers-folder": ""}
+_MOST = 8  # of a list that may have an entry for every module
 
 
 @click.command(
@@ -24,13 +28,19 @@ Examples:
   hubtool convert model.ckpt -o model.safetensors
   hubtool convert *.pt --out-dir safe/ --format safetensors
   hubtool convert style.safetensors --layout kohya/diffusers --dry-run
+  hubtool convert loha.safetensors -o lora.safetensors --layout diffusers --as lora
+  hubtool convert broken.safetensors -o good.safetensors --repair
+  hubtool convert good.safetensors -o broken.safetensors --layout origin
+  hubtool convert model.safetensors -o model/ --layout diffusers
+  hubtool convert model/ -o model.safetensors --layout single-file
 """
 )
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (one source).")
 @click.option("--out-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for the outputs.")
 @click.option(
-    "--layout", help="Key layout (kohya, diffusers, comfy, peft ...) or embedding encoding (a1111, kohya ...)."
+    "--layout",
+    help="Key layout (kohya, diffusers, comfy, peft ...), embedding encoding (a1111, kohya ...), or origin: what FILE was made from.",
 )
 @click.option(
     "--format", "container", type=click.Choice(sorted(set(SUFFIXES.values()))), help="Container; default: by suffix."
@@ -38,6 +48,18 @@ Examples:
 @click.option("--dtype", help="Round the floating tensors to fp16, bf16 or fp32.")
 @click.option("--family", help="Family of the base, where the file cannot tell.")
 @click.option("--component", help="Only this component (unet, text_encoder ...).")
+@click.option(
+    "--as",
+    "algorithm",
+    type=click.Choice(ALGORITHMS),
+    help="Rewrite modules exactly as LoRA (LoHa, LoKr, Tucker ...), or fold Tucker cores only (locon).",
+)
+@click.option(
+    "--config-from",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A diffusers folder of the same family: its tokenizers and configs complete the new folder.",
+)
+@click.option("--repair", is_flag=True, help="Mend keys that were broken by hand first; see hubtool explain.")
 @click.option("--in-place", is_flag=True, help="Rewrite only the header of the source.")
 @click.option("--verify", is_flag=True, help="Rebuild every module's change from both files and compare.")
 @click.option("--allow-loss", is_flag=True, help="Write even what the target cannot hold in full.")
@@ -50,7 +72,8 @@ def command(state: State, /, sources: tuple[Path, ...], out: Path | None, out_di
 
     A loss is refused unless allowed. The header keeps a receipt of the origin, so that converting back gives the same bytes.
     """
-    target = Target(asked["container"], asked["layout"], asked["dtype"], asked["family"], asked["component"])
+    fields = ("layout", "dtype", "family", "component", "algorithm", "repair", "config_from")
+    target = Target(asked["container"], **{name: asked[name] for name in fields})
     flags = {name: asked[name] for name in ("allow_loss", "force", "dry_run", "in_place", "verify")}
     options = Options(**flags, library=state.library)
     if out and (out_dir or len(sources) > 1 or options.in_place):
@@ -90,7 +113,10 @@ def _many(sources: tuple[Path, ...], out_dir: Path | None, target: Target, optio
 
 
 def _beside(source: Path, folder: Path, container: str | None) -> Path:
-    extension = _EXTENSION[container] if container else (source.suffix if source.suffix in SUFFIXES else ".safetensors")
+    if container:
+        extension = _EXTENSION[container]
+    else:
+        extension = source.suffix if source.suffix in SUFFIXES or source.is_dir() else ".safetensors"
     return folder / (source.stem + extension)
 
 
@@ -103,21 +129,47 @@ def _report(done: Converted, as_json: bool) -> None:
 
 def _describe(done: Converted) -> None:
     plan = done.plan
-    where = done.output or "(dry run)"
-    output.show(f"{plan.source} -> {where}")
-    output.show(
-        f"  {plan.format}, layout {plan.layout or '-'}, {len(plan.tensors)} tensors, {output.human_size(done.size)}, {plan.fidelity}"
-    )
-    for loss in plan.losses:
-        output.show(f"  loss: {loss.what}: {loss.reason}")
-    for module, why in list(plan.rounded.items())[:5]:
-        output.show(f"  rounded: {module}: {why}")
-    if len(plan.rounded) > 5:
-        output.show(f"  rounded: {len(plan.rounded) - 5} more")
-    for note in plan.notes:
-        output.show(f"  note: {note}")
+    output.show(f"{plan.source} -> {done.output or '(dry run)'}")
+    layout = f"layout {plan.layout or '-'}"
+    size = output.human_size(done.size)
+    output.show(f"  {plan.format}, {layout}, {_counted(len(plan.tensors), 'tensor')}, {size}, {plan.fidelity}")
+    for line in _details(plan, everything=done.output is None):
+        output.show(f"  {line}")
     if done.warning:
         output.complain(done.warning, "warning")
     if done.verdict is not None:
         verdict = done.verdict
-        output.show(f"  verify: {verdict.modules} modules, worst relative error {verdict.worst:.3g}")
+        output.show(f"  verify: {_counted(verdict.modules, 'module')}, worst relative error {verdict.worst:.3g}")
+        for line in _first([f"missing: {name}" for name in verdict.missing], "missing"):
+            output.show(f"  {line}")
+
+
+def _details(plan: Plan, *, everything: bool) -> Iterator[str]:
+    """What a conversion changes besides names. ``everything``: a dry run lists each rename of a repair."""
+    if plan.repair is not None:
+        yield from (f"repaired: {title}" for _, title in plan.repair.rules)
+        renames = [f"renamed: {old} -> {new}" for old, new in plan.repair.renames.items()]
+        yield from renames if everything else _first(renames, "renamed", 2)
+    yield from _promoted(plan)
+    yield from _first([f"loss: {loss.what}: {loss.reason}" for loss in plan.losses], "loss")
+    yield from _first([f"rounded: {module}: {why}" for module, why in plan.rounded.items()], "rounded", 5)
+    yield from _first([f"note: {note}" for note in plan.notes], "note")
+
+
+def _promoted(plan: Plan) -> Iterator[str]:
+    """``as lora: 192 modules, loha rank 8 -> lora rank 64``, a line for each kind of change."""
+    rows = Counter((one.before, one.rank_before, one.after, one.rank_after) for one in plan.promotions)
+    lines = [
+        f"rewritten: {_counted(count, 'module')}, {before} rank {rank or '-'} -> {after} rank {cost}"
+        for (before, rank, after, cost), count in rows.items()
+    ]
+    yield from _first(lines, "rewritten")
+
+
+def _first(lines: list[str], what: str, most: int = _MOST) -> list[str]:
+    left = len(lines) - most
+    return lines if left <= 0 else [*lines[:most], f"{what}: {left} more"]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

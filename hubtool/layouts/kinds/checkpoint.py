@@ -42,7 +42,7 @@ def recognise(file: TensorFile) -> Identity | None:
 
 
 def _identity(file: TensorFile, table: CheckpointTable, hit: Hit) -> Identity:
-    variants = [row for row in table.variants if _fits_variant(file.tensors, row, hit)]
+    variants = _variant_rows(file.tensors, hit)
     components = _count_components(file.tensors, table, hit)
     ema = components.pop("ema", 0)
     flags = (*_flags(file.tensors, table), *(("ema",) if ema > _EMA_KEYS else ()), *_quantised(file.tensors))
@@ -52,13 +52,26 @@ def _identity(file: TensorFile, table: CheckpointTable, hit: Hit) -> Identity:
         kind="checkpoint",
         family=hit.row.family,
         family_candidates=hit.row.candidates,
-        variant="+".join(dict.fromkeys(row.variant for row in variants if row.variant)) or None,
+        variant="+".join(_names(variants)) or None,
         layout=hit.row.layout,
         components=components,
         flags=(*flags, *(("v-prediction",) if spread and "v-prediction" not in flags else ())),
         findings=(*(_incomplete(table, hit, components) if complete else ()), *_odd_positions(file.tensors)),
         evidence=(*hit.evidence(file.tensors), *((spread,) if spread else ())),
     )
+
+
+def variants_of(tensors: Tensors, hit: Hit) -> tuple[str, ...]:
+    """Names of the variants that a checkpoint is (inpaint, dev, t2v-14b ...)."""
+    return _names(_variant_rows(tensors, hit))
+
+
+def _variant_rows(tensors: Tensors, hit: Hit) -> list[Row]:
+    return [row for row in checkpoints().variants if _fits_variant(tensors, row, hit)]
+
+
+def _names(rows: list[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row.variant for row in rows if row.variant))
 
 
 def _mixed(foreign: list[str]) -> Finding:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from shlex import quote
 
 from hubtool.adapters.identity import Identity
 from hubtool.adapters.ir import Adapter
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import tables
+from hubtool.layouts.outline import RAW
 from hubtool.layouts.parse import Parsed
 from hubtool.layouts.parse import recognise as parse
+from hubtool.layouts.repair import Repair, propose
 from hubtool.layouts.unwrap import unwrapped
-from hubtool.types import Finding
+from hubtool.types import Finding, Severity
 
 ORDER = 40
-# A hand conversion met in the wild: the prefix written twice, the last dot turned into an underscore.
-_BROKEN = re.compile(r"lora_unet_unet_(.*)_(lora_(?:down|up)\.weight)")
 _CHECKPOINT = re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.")
 
 
@@ -55,7 +56,7 @@ def _algorithm(adapter: Adapter) -> str:
 
 
 def _evidence(parsed: Parsed) -> Iterator[str]:
-    yield f"{len(parsed.keys)} tensors are spelled as {parsed.syntax.title}"
+    yield f"{_are(len(parsed.keys))} spelled as {parsed.syntax.title}"
     yield from parsed.evidence
     count = Counter(patch.algorithm for patch in parsed.adapter.patches.values())
     yield "modules by algorithm: " + ", ".join(f"{name} {n}" for name, n in count.most_common())
@@ -68,8 +69,13 @@ def _findings(file: TensorFile, parsed: Parsed) -> Iterable[Finding]:
         yield Finding("family-ambiguous", "info", f"names and shapes fit {names} alike")
     mixed = [key for key in parsed.adapter.extras if _CHECKPOINT.match(key)]
     if mixed:
-        yield Finding("mixed-checkpoint", "warning", f"{len(mixed)} tensors are a checkpoint's, first {mixed[0]}")
+        yield Finding("mixed-checkpoint", "warning", f"{_are(len(mixed))} a checkpoint's, first {mixed[0]}")
     yield from _claimed_rank(file, parsed)
+    yield from _partly_broken(file, parsed)
+
+
+def _are(count: int) -> str:
+    return "1 tensor is" if count == 1 else f"{count} tensors are"
 
 
 def _claimed_rank(file: TensorFile, parsed: Parsed) -> Iterable[Finding]:
@@ -83,20 +89,35 @@ def _claimed_rank(file: TensorFile, parsed: Parsed) -> Iterable[Finding]:
 
 
 def _broken(file: TensorFile) -> Identity | None:
-    """Keys that one known repair would turn into kohya's."""
+    """Keys that mean nothing as they are, and that a known repair makes mean something."""
     tensors, _ = unwrapped(file)
-    hits = [key for key in tensors if _BROKEN.fullmatch(key)]
-    if not hits or len(hits) < len(tensors):
+    found = propose(tensors, file.path)
+    if found is None:
         return None
-    repaired = _BROKEN.sub(r"lora_unet_\1.\2", hits[0])
-    text = f"{len(hits)} keys were broken by hand: {hits[0]} should read {repaired}"
     return Identity(
         kind="lora",
         algorithm="lora",
+        family=found.candidates[0] if len(found.candidates) == 1 else None,
+        family_candidates=found.candidates,
         variant="broken",
-        findings=(Finding("broken-keys", "error", text),),
-        evidence=("every key has the prefix twice and lacks the dot before its suffix",),
+        findings=(_repairable(file, found),),
+        evidence=(found.sentence(),),
     )
+
+
+def _repairable(file: TensorFile, found: Repair) -> Finding:
+    severity: Severity = "error" if len(found.renames) == found.total else "warning"
+    command = f"hubtool convert {quote(str(file.path))} -o OUT --repair"
+    return Finding("broken-keys", severity, f"{found.sentence()}; mend them with: {command}")
+
+
+def _partly_broken(file: TensorFile, parsed: Parsed) -> Iterator[Finding]:
+    """Some keys are understood and others would be, if they were not broken."""
+    unexplained = {"unknown-keys", "unknown-module"} & {finding.code for finding in parsed.adapter.findings}
+    if unexplained or parsed.layout.naming == RAW:
+        found = propose(unwrapped(file)[0], file.path)
+        if found is not None:
+            yield _repairable(file, found)
 
 
 def _foreign_peft(file: TensorFile) -> Identity | None:

@@ -1,16 +1,29 @@
-"""Null-text inversion (unconditional embeddings per step) and stored prompt conditionings (spec/artefacts.md F.3)."""
+"""Null-text inversion (unconditional embeddings per step), and inputs of one picture: prompt conditionings, CLIP image embeddings.
+
+Facts: spec/artefacts.md F.3 and F.4.
+"""
 
 from __future__ import annotations
 
 from hubtool.adapters.identity import Identity
+from hubtool.adapters.null_text import FAMILIES, NullText, is_prompt, parse
 from hubtool.formats.base import TensorFile
 from hubtool.layouts.kinds._common import bare
+from hubtool.layouts.kinds._companions import CODE, beside, plural, present
 from hubtool.tensors.ref import TensorRef
-from hubtool.types import Finding, Shape
+from hubtool.types import Finding
 
 ORDER = 15
-_FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_LATENT_KEYS = frozenset({"x_T", "x_t", "latent", "latents"})
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_PROMPT_KEYS = ("prompt_embeds", "conditioning", "prompt_embedding")
+_IMAGE_KEYS = (
+    "image_embeds",
+    "image_embedding",
+    "clip_image_embedding",
+    "clip_image_embeds",
+    "ip_adapter_image_embeds",
+)
+_IMAGE_WIDTHS = {768: "CLIP ViT-L", 1024: "OpenCLIP ViT-H", 1280: "OpenCLIP ViT-bigG or the hidden states of ViT-H"}
 
 
 def recognise(file: TensorFile) -> Identity | None:
@@ -18,44 +31,57 @@ def recognise(file: TensorFile) -> Identity | None:
     if not 0 < len(file.tensors) <= 4096:
         return None
     root = bare(file)
-    if root is not None:
-        return _of_shape(root.shape)
-    named = file.tensors.get("uncond") or file.tensors.get("uncond_embeddings")
-    if named is not None and _steps(named.shape):
-        return _null_text(named.shape[0], named.shape[-1], complete=any(key in _LATENT_KEYS for key in file.tensors))
-    return _of_list(list(file.tensors.items()))
+    if root is not None and is_prompt(root.shape):
+        return _conditioning(root, "raw")
+    if len(file.tensors) == 1 and (named := _named(file)) is not None:
+        return named
+    found = parse(file.tensors)
+    return None if found is None else _null_text(file, found)
 
 
-def _of_shape(shape: Shape) -> Identity | None:
-    if _steps(shape):
-        return _null_text(shape[0], shape[-1], complete=False)
-    return _conditioning(shape[-1]) if _one(shape) else None
-
-
-def _of_list(items: list[tuple[str, TensorRef]]) -> Identity | None:
-    """A pickled list of one (1, 77, d) tensor per step."""
-    if len(items) < 2 or not all(key.isdecimal() and _one(ref.shape) for key, ref in items):
-        return None
-    return _null_text(len(items), items[0][1].shape[-1], complete=False)
-
-
-def _steps(shape: Shape) -> bool:
-    return len(shape) == 4 and shape[1:3] == (1, 77) and shape[3] in _FAMILIES
-
-
-def _one(shape: Shape) -> bool:
-    return len(shape) in (2, 3) and shape[-2] == 77 and shape[-1] in _FAMILIES and shape[:-2] in ((), (1,), (2,))
-
-
-def _null_text(steps: int, width: int, *, complete: bool) -> Identity:
-    needs = (
-        "it works only with the picture's inverted latent, the same prompt, scheduler (DDIM), steps and guidance scale"
+def _null_text(file: TensorFile, found: NullText) -> Identity:
+    steps, _, width = found.steps.shape
+    return Identity(
+        "null_text",
+        family=FAMILIES[width],
+        variant=f"{steps}-steps",
+        layout=found.form,
+        findings=tuple(_companions(file, found, steps)),
+        evidence=(f"{plural(steps, 'unconditional embedding')} of 77 x {width}",),
     )
-    note = Finding("needs-companions", "info", needs if complete else f"{needs}; the latent is not in this file")
-    said = (f"{steps} unconditional embeddings of 77 x {width}",)
-    return Identity("null_text", family=_FAMILIES[width], variant=f"{steps}-steps", findings=(note,), evidence=said)
 
 
-def _conditioning(width: int) -> Identity:
+def _companions(file: TensorFile, found: NullText, steps: int) -> list[Finding]:
+    """What the inversion means nothing without. The community pipeline names its file ``PICTURE.pt``."""
+    needs = f"it works only with the picture's inverted latent, the same prompt, scheduler (DDIM), {plural(steps, 'step')} and guidance"
+    note = needs if found.latent else f"{needs}; the latent x_T is not in this file"
+    names = (file.path.stem, *(file.path.stem + suffix for suffix in _PICTURES))
+    pictures = beside(file, (name for name in names if name.lower().endswith(_PICTURES)))
+    held = [present(pictures, "the picture that was inverted")] if pictures else []
+    return [Finding(CODE, "info", note), *held]
+
+
+def _named(file: TensorFile) -> Identity | None:
+    key, ref = next(iter(file.tensors.items()))
+    if key in _PROMPT_KEYS and is_prompt(ref.shape):
+        return _conditioning(ref, "prompt_embeds")
+    return _image(ref) if key in _IMAGE_KEYS and ref.shape and ref.shape[-1] in _IMAGE_WIDTHS else None
+
+
+def _conditioning(ref: TensorRef, layout: str) -> Identity:
+    width = ref.shape[-1]
     said = (f"77 x {width}: a whole prompt's hidden states",)
-    return Identity("conditioning", family=_FAMILIES[width], variant="prompt", evidence=said)
+    return Identity("conditioning", family=FAMILIES[width], variant="prompt", layout=layout, evidence=said)
+
+
+def _image(ref: TensorRef) -> Identity:
+    """CLIP inversion, image variation, unCLIP, IP-Adapter: an image embedding in place of the prompt's."""
+    width = ref.shape[-1]
+    needs = "a model tuned for image embeddings is needed: image variation or unCLIP, or an IP-Adapter with its encoder"
+    return Identity(
+        "conditioning",
+        variant="clip-image",
+        layout="image_embeds",
+        findings=(Finding(CODE, "info", needs),),
+        evidence=(f"an image embedding {width} wide: {_IMAGE_WIDTHS[width]}",),
+    )

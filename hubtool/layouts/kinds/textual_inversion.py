@@ -1,13 +1,17 @@
-"""Textual inversion in all its encodings (``hubtool.adapters.token_embeddings``), DreamArtist pairs and negative embeddings."""
+"""Textual inversion in all its encodings (``hubtool.adapters.token_embeddings``), negative embeddings, and the files they come with."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 from hubtool.adapters.identity import Identity
 from hubtool.adapters.token_embeddings import Parsed, parse_embedding, raw_embedding
 from hubtool.formats.base import TensorFile
+from hubtool.layouts.kinds import _bundles
 from hubtool.layouts.kinds._common import bare, scalars
+from hubtool.layouts.kinds._companions import beside, present
 from hubtool.types import Finding
 
 ORDER = 22
@@ -15,6 +19,8 @@ ORDER = 22
 _NEGATIVE = re.compile(
     r"(^|[^a-z])(neg|negative|bad|easynegative|unaesthetic|deepneg|ng)([^a-z]|$)|negative", re.IGNORECASE
 )
+_PAIR = "-neg"  # DreamArtist's mark
+_SUFFIXES = (".pt", ".safetensors", ".bin", ".png", ".webp")
 
 
 def recognise(file: TensorFile) -> Identity | None:
@@ -25,34 +31,48 @@ def recognise(file: TensorFile) -> Identity | None:
         if root is None
         else raw_embedding(root, file.path.stem)
     )
-    return None if found is None else _identity(file, found)
+    return None if found is None else _bundles.told(file, _identity(file, found))
 
 
 def _identity(file: TensorFile, found: Parsed) -> Identity:
     shapes = ", ".join(f"{item.vectors.shape[0]} x {item.vectors.shape[1]}" for item in found.embeddings[:4])
     tokens = tuple(dict.fromkeys(item.token for item in found.embeddings if item.token))
-    flags, hints = _negative(file, tokens)
-    return Identity(
+    negative = _negative(file, tokens)
+    identity = Identity(
         kind="textual_inversion",
         family=found.family,
         family_candidates=found.family_candidates,
         variant=found.encoding,
         layout=found.encoding,
-        flags=flags,
+        flags=("negative",) if negative else (),
         trigger_words=tokens,
         embeddings=found.embeddings,
-        findings=(*found.findings, *hints),
+        findings=found.findings,
         evidence=(f"{found.encoding} structure: {shapes}",),
     )
+    return replace(identity, findings=(*identity.findings, *_pair(file, tokens)))
 
 
-def _negative(file: TensorFile, tokens: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
-    names = (file.path.stem, *tokens)
+def _negative(file: TensorFile, tokens: tuple[str, ...]) -> bool:
     claimed = file.metadata.get("modelspec.is_negative_embedding", "").lower() == "true"
-    if not claimed and not any(_NEGATIVE.search(name) for name in names):
-        return (), ()
-    pair = next((name.removesuffix("-neg") for name in names if name.endswith("-neg")), None)
-    if pair is None:
-        return ("negative",), ()
-    hint = f"a DreamArtist pair: {pair} belongs in the prompt, {pair}-neg in the negative prompt"
-    return ("negative",), (Finding("dreamartist-pair", "info", hint),)
+    return claimed or any(_NEGATIVE.search(name) for name in (file.path.stem, *tokens))
+
+
+def _pair(file: TensorFile, tokens: tuple[str, ...]) -> Iterator[Finding]:
+    """DreamArtist trains two embeddings, ``NAME`` for the prompt and ``NAME-neg`` for the negative prompt."""
+    stem = file.path.stem
+    name = next((name.removesuffix(_PAIR) for name in (stem, *tokens) if name.endswith(_PAIR)), None)
+    if name is None:
+        others = beside(file, (stem + _PAIR + suffix for suffix in _SUFFIXES))
+        if others:
+            yield present(
+                others, f"a DreamArtist pair: {stem} belongs in the prompt, {stem}{_PAIR} in the negative prompt"
+            )
+        return
+    hint = f"a DreamArtist pair: {name} belongs in the prompt, {name}{_PAIR} in the negative prompt"
+    others = beside(file, (stem.removesuffix(_PAIR) + suffix for suffix in _SUFFIXES)) if stem.endswith(_PAIR) else ()
+    if others:
+        yield present(others, hint)
+    else:
+        lone = f"{hint}; {name} is not beside it, and alone this is a plain negative embedding"
+        yield Finding("dreamartist-pair", "info", lone)
