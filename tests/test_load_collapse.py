@@ -191,6 +191,18 @@ def test_half_precision_weights_are_summed_in_fp32_and_rounded_once(pipe: Any) -
     assert torch.equal(weight(pipe, FF), (total + -0.3 * rand(16, 64)).to(torch.bfloat16))
 
 
+def test_a_pipeline_that_is_cast_in_between_keeps_the_precision_of_its_originals(pipe: Any) -> None:
+    old = weight(pipe, FF)
+    load(pipe, one("lokr", FF, KRON, 4.0), name="a")
+    pipe.unet.half()
+    load(pipe, one("full", FF, {"diff": rand(16, 64)}), name="b")
+    total = old + patch("lokr", KRON, 4.0).delta(old)
+    assert torch.equal(weight(pipe, FF), (total + rand(16, 64)).half())
+    unload(pipe, "a")
+    unload(pipe, "b")
+    assert torch.equal(weight(pipe, FF), old.half())
+
+
 def test_layers_and_collapsed_adapters_live_in_the_same_module(pipe: Any) -> None:
     before, made = tiny.weights(pipe), tiny.make(pipe, ["unet"], only="attn1.to_q")
     old = weight(pipe, Q).double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,18 @@ def test_an_adapter_goes_into_the_second_transformer_when_asked_and_is_saved_as_
     assert set(load(pipe, path).modules) == {"transformer"}
 
 
+def test_a_transformer_of_the_tables_is_what_stable_cascade_calls_its_prior(tmp_path: Path) -> None:
+    pipe = build("cascade")
+    made, before = made_for(pipe, "prior"), tiny.weights(pipe)
+    patches = {("transformer", path): patch for (_, path), patch in made.adapter.patches.items()}
+    report = load(pipe, Adapter("cascade", patches), name="style")
+    assert set(report.modules) == {"prior"}
+    expect(pipe, before, lambda c, p: made.delta((c, p)) if (c, p) in made.factors else None)
+    path = save(pipe, "style", tmp_path / "style.safetensors")
+    unload(pipe, "style")
+    assert load(pipe, path).modules == report.modules
+
+
 def test_a_component_that_is_not_there_is_named_with_what_could_be_asked_instead() -> None:
     pipe = build("wan")
     made = made_for(pipe, "transformer")
@@ -131,3 +145,26 @@ def test_transformers_are_trained_on_from_a_loaded_adapter(family: str) -> None:
     unload(pipe, "style")
     assert tiny.same(tiny.weights(pipe), before)
     assert all(p.requires_grad for p in pipe.transformer.parameters())
+
+
+def calls_to_load(pipe: Any, made: tiny.Made, collapse: bool) -> int:
+    """Function calls of loading and unloading, C functions included."""
+    count = itertools.count()
+    sys.setprofile(lambda frame, event, _: next(count) if event in ("call", "c_call") else None)
+    try:
+        load(pipe, made.adapter, name="style", collapse=collapse)
+        unload(pipe, "style")
+    finally:
+        sys.setprofile(None)
+    return next(count)
+
+
+@pytest.mark.parametrize("collapse", [False, True], ids=["layers", "weights"])
+def test_twice_the_modules_are_twice_the_work(collapse: bool) -> None:
+    pipe = build("z-image")
+    paths = [path for _, path, _ in tiny.modules(pipe, ["transformer"])]
+    work = [
+        calls_to_load(pipe, tiny.make(pipe, ["transformer"], only=set(paths[:n]), **MIXED), collapse)
+        for n in (60, 60, 120, 240)
+    ]
+    assert work[3] - work[2] < 2.3 * (work[2] - work[1])

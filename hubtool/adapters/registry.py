@@ -6,7 +6,7 @@ import importlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from hubtool import resources
@@ -66,8 +66,13 @@ def flavour_of(algorithm: str, tensors: Mapping[str, Expr], key: str) -> str | N
 
 
 def _row(algorithm: str, tensors: Mapping[str, Expr]) -> Row:
+    return _row_of(algorithm, frozenset(tensors))
+
+
+@lru_cache(1024)
+def _row_of(algorithm: str, roles: frozenset[str]) -> Row:
     candidates = [row for row in rows() if row.id == algorithm]
-    fitting = [row for row in candidates if any(complete <= tensors.keys() for complete in row.sets)]
+    fitting = [row for row in candidates if any(complete <= roles for complete in row.sets)]
     if not fitting:
-        raise TableError(f"no row of algorithms.toml makes {algorithm} of {', '.join(sorted(tensors))}")
+        raise TableError(f"no row of algorithms.toml makes {algorithm} of {', '.join(sorted(roles))}")
     return fitting[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from hubtool.layouts import index, tables, vocabulary
 from hubtool.layouts.naming import Place
@@ -33,29 +34,26 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How one model explains the modules of one component. ``found``: stem -> (place, whether the shape agrees; None: not to be told)."""
+    """How one model explains the modules of one component. ``found``: stem -> (place, whether the shape agrees; None: not to be told).
+
+    ``wrong``: shapes that contradict; ``ends``: every stack of blocks that the file touches is touched to its last block.
+    """
 
     component: str
     model: str
     found: Mapping[Stem, tuple[Place, bool | None]]
+    wrong: int
+    ends: bool
 
     @property
     def score(self) -> tuple[int, int, bool]:
         """Names found less the shapes that contradict, then names found, then whether the file reaches this model's last blocks."""
-        wrong = sum(agrees is False for _, agrees in self.found.values())
-        return len(self.found) - wrong, len(self.found), self.ends
+        return len(self.found) - self.wrong, len(self.found), self.ends
 
     def agreement(self, modules: Iterable[Module]) -> tuple[int, int]:
         """(modules whose shape agrees, modules whose name is known) among ``modules``."""
         hits = [self.found[module.key][1] for module in modules if module.key in self.found]
         return sum(map(bool, hits)), len(hits)
-
-    @property
-    def ends(self) -> bool:
-        """Whether every stack of blocks that the file touches is touched to its last block."""
-        touched = _deepest(part for place, _ in self.found.values() for part in place.parts)
-        last = _deepest(vocabulary.model(self.model))
-        return bool(touched) and all(index == last.get(stack) for stack, index in touched.items())
 
 
 def _deepest(paths: Iterable[str]) -> dict[str, int]:
@@ -164,7 +162,19 @@ def _fit(name: str, component: str, size: str, modules: list[Module], joiner: st
         place = known.get(module.stem)
         if place is not None:
             found[module.key] = place, _agrees(module, place, size)
-    return Fit(component, size, found)
+    wrong = sum(agrees is False for _, agrees in found.values())
+    return Fit(component, size, found, wrong, _reaches_the_end(found, size))
+
+
+def _reaches_the_end(found: Mapping[Stem, tuple[Place, bool | None]], size: str) -> bool:
+    touched = _deepest(part for place, _ in found.values() for part in place.parts)
+    last = _last_blocks(size) if touched else {}
+    return bool(touched) and all(index == last.get(stack) for stack, index in touched.items())
+
+
+@cache
+def _last_blocks(size: str) -> Mapping[str, int]:
+    return _deepest(vocabulary.model(size))
 
 
 def _agrees(module: Module, place: Place, size: str) -> bool | None:

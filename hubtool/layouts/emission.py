@@ -23,7 +23,7 @@ class Loss:
 
 @dataclass(slots=True)
 class Emission:
-    """Tensors in output order and metadata of one layout. ``roles``: (component, path, role) -> key, a fused module by its outside path;
+    """Tensors in output order and metadata of one layout. ``roles``: (component, path, role) -> key, a fused module by the paths of its parts joined by +;
     ``patches``: the modules as this naming keeps them, by (component, path). ``config``: adapter_config.json.
 
     ``rounded``: module -> why its numbers are not those of the source bit for bit.

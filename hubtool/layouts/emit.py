@@ -7,8 +7,10 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hubtool.adapters import registry
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
+from hubtool.adapters.rotation import Rotation
 from hubtool.adapters.weight_ops import ReshapeWeight
 from hubtool.errors import ConversionError
 from hubtool.layouts import keys, peft_config, positional, tables
@@ -21,6 +23,7 @@ from hubtool.tensors import expr as e
 from hubtool.tensors.expr import Expr, Literal, Read
 from hubtool.types import Shape
 
+_ZERO = {"kohya": "no rotation at all", "lycoris": "no constraint"}
 _PACK = {"F64": "<d", "F32": "<f", "F16": "<e"}
 
 
@@ -99,10 +102,21 @@ def _tensors(patch: Patch, syntax: Syntax, name: str, out: Emission) -> Iterator
             yield role, _folded(patch, name, out)
         else:
             yield role, tensor
+    if isinstance(patch, Rotation) and patch.alpha_value == 0 and _flavour(patch, syntax) != patch.flavour:
+        reason = (
+            f"alpha 0 means {_ZERO[patch.flavour]} in this file and {_ZERO[_flavour(patch, syntax)]} in {syntax.id}"
+        )
+        out.losses.append(Loss(f"{name}.alpha", reason))
     if syntax.alpha == "tensor":
         alpha = _alpha_tensor(patch, name, out)
         if alpha is not None:
             yield "alpha", alpha
+
+
+def _flavour(patch: Rotation, syntax: Syntax) -> str:
+    """Whose reading of OFT's tensors the keys of ``syntax`` imply."""
+    prefix = next(iter(syntax.prefixes.values()))[0]
+    return registry.flavour_of(patch.algorithm, dict(patch.roles()), prefix) or "lycoris"
 
 
 def _magnitude(patch: LowRank, syntax: Syntax, name: str, out: Emission) -> Expr | None:

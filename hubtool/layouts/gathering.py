@@ -12,7 +12,9 @@ from hubtool.layouts.detect import size_of
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.naming import Place
 
-Gathered = tuple[ModuleKey, str, Patch]  # the module (a fused one by its outside path), its outside name, its patch
+Gathered = tuple[
+    ModuleKey, str, Patch
+]  # the module (a fused one by the paths of its parts), its outside name, its patch
 
 
 def gather(adapter: Adapter, naming: str, family: str | None, out: Emission) -> Iterator[Gathered]:
@@ -43,7 +45,7 @@ def _size(family: str, component: str, patches: Mapping[str, Patch]) -> str | No
 def _component(target: _Target, patches: Mapping[str, Patch], out: Emission) -> Iterator[Gathered]:
     settled = _taken_apart(target, patches)
     places = target.places()
-    outsides = {place.outside for place in places.values()}
+    outsides = {place.outside: place for place in places.values()}
     done: set[str] = set()
     for path, patch in settled.items():
         place = places.get(path)
@@ -52,7 +54,7 @@ def _component(target: _Target, patches: Mapping[str, Patch], out: Emission) -> 
                 done.add(place.outside)
                 yield from _made(target, place, settled, out)
         elif path in outsides:  # a fused module that could not be taken apart, and need not be
-            yield (target.component, path), path, patch
+            yield (target.component, outsides[path].key), path, patch
         else:
             out.losses.append(_homeless(target, path, patch))
 
@@ -98,10 +100,9 @@ def _made(target: _Target, place: Place, patches: Mapping[str, Patch], out: Emis
     except Unsupported as reason:
         out.losses += [Loss(f"{target.component}.{part}", str(reason)) for part in parts]
         return
-    path = place.outside if place.op == "rows" else place.parts[0]
     if note:
-        out.rounded[f"{target.component}.{path}"] = note
+        out.rounded[f"{target.component}.{place.outside}"] = note
     if len(parts) < len(place.parts):
         absent = ", ".join(part for part in place.parts if part not in parts)
         out.notes.append(f"{place.outside}: the rows of {absent} are zeros, the adapter does not change them")
-    yield (target.component, path), place.outside, patch
+    yield (target.component, place.key), place.outside, patch

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from hubtool.layouts import tables
 from hubtool.layouts.tables import Syntax
@@ -14,8 +16,7 @@ BUNDLE = "bundle_emb."
 _LONGEST_SUFFIX = 5  # dots in "processor.to_q_lora.lora_A.default.weight" and its like
 
 
-@dataclass(frozen=True, slots=True)
-class Spelled:
+class Spelled(NamedTuple):
     """A key taken apart: ``stem`` is the module as spelled, with the tail that the suffix swallowed put back. an empty ``prefix`` told nothing about its component."""
 
     key: str
@@ -48,66 +49,120 @@ def split_suffix(key: str) -> tuple[str, str] | None:
     return best
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """How one syntax reads keys with a suffix and a prefix."""
+
+    syntax: str
+    components: tuple[str, ...]
+    role: str
+    tail: str
+    prefix: str
+
+
 @cache
-def _prefixes(syntax_id: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """(prefix, components that use it), longest first."""
+def _known_prefixes() -> re.Pattern[str]:
+    """The longest prefix of any syntax; a shorter one that fits too is the beginning of it."""
+    texts = {text for one in tables.syntaxes().values() for spellings in one.prefixes.values() for text in spellings}
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+
+
+@cache
+def _users(syntax_id: str) -> Mapping[str, tuple[str, ...]]:
+    """prefix -> components that use it, the longest prefix first."""
     users: dict[str, list[str]] = {}
     for component, spellings in tables.syntaxes()[syntax_id].prefixes.items():
         for text in spellings:
             users.setdefault(text, []).append(component)
-    return tuple(sorted(((text, tuple(who)) for text, who in users.items()), key=lambda row: -len(row[0])))
+    return {text: tuple(users[text]) for text in sorted(users, key=len, reverse=True)}
 
 
-def take_apart(key: str) -> dict[str, Spelled]:
-    """Every syntax's view of ``key``, by syntax; empty when prefix or suffix are nobody's."""
+@cache
+def _views(suffix: str, longest: str) -> tuple[_View, ...]:
+    """Every syntax's view of keys with this suffix, whose longest known prefix is ``longest``."""
+    found: dict[str, _View] = {}
+    for syntax_id, who, role, tail in tables.suffixes()[suffix]:
+        for prefix, components in _users(syntax_id).items() if syntax_id not in found else ():
+            if longest.startswith(prefix) and (who == "*" or who in components):
+                owners = components if who == "*" else (who,)
+                found[syntax_id] = _View(syntax_id, owners, role, tail, prefix)
+                break
+    return tuple(found.values())
+
+
+_Cut = tuple[str, str, tuple[_View, ...]]  # key, its text before the suffix, every syntax's view
+
+
+def _cut(key: str) -> _Cut:
     cut = split_suffix(key)
     if cut is None:
-        return {}
+        return key, key, ()
     stem, suffix = cut
-    views: dict[str, Spelled] = {}
-    for syntax_id, who, role, tail in tables.suffixes()[suffix]:
-        if syntax_id in views:
-            continue
-        for prefix, components in _prefixes(syntax_id):
-            if stem.startswith(prefix) and (who == "*" or who in components):
-                text = stem[len(prefix) :]
-                owners = components if who == "*" else (who,)
-                views[syntax_id] = Spelled(key, owners, f"{text}.{tail}" if tail else text, role, prefix)
-                break
-    return views
+    found = _known_prefixes().match(stem)
+    return key, stem, _views(suffix, found[0] if found else "")
 
 
-def read(keys: Iterable[str]) -> tuple[Reading, ...]:
-    """Every syntax that explains at least one key, the one that explains most first (ties: table order).
+def _spelled(key: str, stem: str, view: _View) -> Spelled:
+    text = stem[len(view.prefix) :]
+    return Spelled(key, view.components, f"{text}.{view.tail}" if view.tail else text, view.role, view.prefix)
+
+
+def read(keys: Iterable[str]) -> Reading | None:
+    """The file as the syntax reads it that explains most keys (ties: table order); None when none explains any.
 
     A syntax without prefixes explains any key with its suffixes: it comes after one that explains half of them by their prefix.
     """
-    views = {key: take_apart(key) for key in keys if not key.startswith(BUNDLE)}
-    count = Counter(syntax_id for view in views.values() for syntax_id in view)
-    prefixed = Counter(name for view in views.values() for name, one in view.items() if one.prefix)
-    half = sum(map(bool, views.values())) / 2
-    told = any(times >= half for times in prefixed.values())
-    order = list(tables.syntaxes())
-    fit = [name for name in count if _has_what_it_needs(name, views)]
-    ranked = sorted(fit, key=lambda name: (told and prefixed[name] < half, -count[name], order.index(name)))
-    return tuple(_reading(name, views) for name in ranked)
+    cuts = [_cut(key) for key in keys if not key.startswith(BUNDLE)]
+    found = (_reading(name, cuts) for name in _ranked(cuts))
+    return next((reading for reading in found if reading.spelled), None)
 
 
-def _has_what_it_needs(name: str, views: Mapping[str, Mapping[str, Spelled]]) -> bool:
-    needs = tables.syntaxes()[name].needs
-    return not needs or any(view[name].role in needs for view in views.values() if name in view)
+def _ranked(cuts: Iterable[_Cut]) -> list[str]:
+    """Syntaxes by how much they explain, the best first."""
+    count: Counter[str] = Counter()
+    prefixed: Counter[str] = Counter()
+    roles: dict[str, set[str]] = {}
+    times = Counter(views for _, _, views in cuts if views)
+    for views, many in times.items():
+        for view in views:
+            count[view.syntax] += many
+            prefixed[view.syntax] += many if view.prefix else 0
+            roles.setdefault(view.syntax, set()).add(view.role)
+    half = times.total() / 2
+    told = any(many >= half for many in prefixed.values())
+    known = tables.syntaxes()
+    order = list(known)
+    fit = [name for name in count if not known[name].needs or known[name].needs & roles[name]]
+    return sorted(fit, key=lambda name: (told and prefixed[name] < half, -count[name], order.index(name)))
 
 
-def _reading(name: str, views: Mapping[str, Mapping[str, Spelled]]) -> Reading:
-    spelled = tuple(view[name] for view in views.values() if name in view)
-    others = tuple(key for key, view in views.items() if name not in view)
-    return Reading(tables.syntaxes()[name], spelled, others)
+def _reading(name: str, cuts: Iterable[_Cut]) -> Reading:
+    syntax = tables.syntaxes()[name]
+    spelled: list[Spelled] = []
+    others: list[str] = []
+    for key, stem, views in cuts:
+        for view in views:
+            if view.syntax == name:
+                spelled.append(_spelled(key, stem, view))
+                break
+        else:
+            others.append(key)
+    alone = _unaccompanied(spelled, syntax) if syntax.companions else set()
+    kept = tuple(one for one in spelled if one.key not in alone) if alone else tuple(spelled)
+    return Reading(syntax, kept, (*others, *alone))
+
+
+def _unaccompanied(spelled: Iterable[Spelled], syntax: Syntax) -> set[str]:
+    """Keys whose role counts only beside another role of the same module, where that one is absent."""
+    wanted = [one for one in spelled if one.role in syntax.companions]
+    known = {(one.prefix, one.stem, one.role) for one in spelled} if wanted else set()
+    return {one.key for one in wanted if (one.prefix, one.stem, syntax.companions[one.role]) not in known}
 
 
 def foreign(reading: Reading) -> Counter[str]:
     """Keys left over that another syntax would claim, counted by that syntax: a file of two syntaxes is read differently by every tool."""
-    views = (take_apart(key) for key in reading.others)
-    named = ([name for name, one in view.items() if one.prefix] for view in views)
+    own = reading.syntax.id
+    named = ([view.syntax for view in _cut(key)[2] if view.prefix and view.syntax != own] for key in reading.others)
     return Counter(names[0] for names in named if names)
 
 

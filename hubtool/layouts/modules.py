@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from hubtool.adapters import registry
 from hubtool.adapters.ir import Patch
@@ -20,6 +21,7 @@ from hubtool.tensors.dtypes import FLOATS, numel
 from hubtool.tensors.expr import Expr, Literal, Read
 from hubtool.tensors.reading import Sources, pread_exact
 from hubtool.tensors.ref import TensorRef
+from hubtool.types import Shape
 
 _NOT_FACTORS = frozenset({"alpha", "on_input", "scaled_oft", "bias_indices", "bias_size"})
 
@@ -40,7 +42,7 @@ class Draft:
 
     def module(self) -> Module:
         """What detection needs: name and sizes."""
-        out, inner = _sizes(self.tensors)
+        out, inner = _sizes(tuple((role, tensor.shape) for role, tensor in self.tensors.items()))
         return Module(self.components, self.stem, out, inner, self.prefix)
 
 
@@ -61,8 +63,10 @@ def _draft(one: Spelled) -> Draft:
     return Draft(one.components, one.stem, prefix=one.prefix)
 
 
-def _sizes(tensors: Mapping[str, Expr]) -> tuple[int | None, int | None]:
-    """(out, in * kh * kw) from the factors; None where an algorithm's factors do not tell, or do not fit one another."""
+@lru_cache(4096)  # a model has few distinct shapes
+def _sizes(shapes: tuple[tuple[str, Shape], ...]) -> tuple[int | None, int | None]:
+    """(out, in * kh * kw) from the factors' shapes; None where an algorithm's factors do not tell, or do not fit one another."""
+    tensors: dict[str, Expr] = {role: Literal(b"", "F32", shape) for role, shape in shapes}
     algorithm = _complete(tensors.keys())
     if algorithm is None:
         return None, None

@@ -35,6 +35,11 @@ class Place:
     op: str = "rename"
     parameters: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def key(self) -> str:
+        """What the outside module is called apart from any naming: its canonical path, or those of all its parts."""
+        return "+".join(self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

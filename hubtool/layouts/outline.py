@@ -29,7 +29,7 @@ RoleKey = tuple[str, str, str]  # component, canonical path, role
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """``modules``: (component, path) -> roles and keys; the path is canonical, but that of a fused module its outside one.
+    """``modules``: (component, path) -> roles and keys; the path is canonical; a fused module has those of its parts, joined by +.
 
     ``places``: how each of them stands to the canonical modules (absent: the same). ``sizes``: component -> the model of the family that fits.
     ``unnamed``: modules outside the family's vocabulary. ``spare``: other keys.
@@ -68,8 +68,8 @@ def outline(
     placed = positional.read(structure, tensors)
     if placed is not None:
         return _from_positions(placed, family)
-    readings = keys.read(tensors)
-    return _from_names(tensors, path, readings[0], family, metadata or {}) if readings else None
+    reading = keys.read(tensors)
+    return _from_names(tensors, path, reading, family, metadata or {}) if reading else None
 
 
 def _from_names(
@@ -157,7 +157,7 @@ def _place(
     unnamed = []
     for draft in drafts:
         hit = found.found.get(draft.module_key) if found else None
-        key = (hit[0], _path(hit[1])) if hit else (_only(draft.components), draft.stem)
+        key = (hit[0], hit[1].key) if hit else (_only(draft.components), draft.stem)
         if not hit:
             unnamed.append(".".join(key))
         elif hit[1].op != "rename":
@@ -167,10 +167,6 @@ def _place(
             raise CorruptFile(f"{first} and {second} are the same module {'.'.join(key)}", path=path)
         placed[key] = draft
     return placed, places, unnamed
-
-
-def _path(place: Place) -> str:
-    return place.outside if place.op == "rows" else place.parts[0]
 
 
 def _only(components: tuple[str, ...]) -> str:

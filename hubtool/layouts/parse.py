@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from hubtool.adapters.hadamard import Hadamard
+from hubtool.adapters.input_rotation import InputRotation
 from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
+from hubtool.adapters.kronecker import Kronecker
 from hubtool.adapters.low_rank import LowRank
+from hubtool.adapters.rotation import Rotation
 from hubtool.adapters.token_embeddings import parse_bundle
 from hubtool.errors import CorruptFile, RecognitionError, Unsupported
 from hubtool.formats.base import TensorFile
@@ -28,7 +32,7 @@ _LARGEST_ALPHA = 2e10  # ai-toolkit writes 9999999999 into full-matrix LoKr modu
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """An adapter, and how its file spelled it. ``candidates``: every family that fits; ``keys``: (component, path, role) -> key, a fused module by
-    its outside path."""
+    the paths of its parts joined by +."""
 
     adapter: Adapter
     syntax: Syntax
@@ -92,9 +96,9 @@ def _patches(file: TensorFile, shape: Outline) -> tuple[dict[ModuleKey, Patch], 
             orphans += draft.keys.values()
             continue
         patch = modules.build(draft, algorithm, values.get(draft.keys.get("alpha", "")), file.path)
-        if isinstance(patch, LowRank) and shape.syntax.alpha in ("metadata", "config"):
+        if shape.syntax.alpha in ("metadata", "config"):
             config = configs.setdefault(component, _config(file, shape.syntax, component))
-            patch = _scaled(_upright(patch), config, draft.stem)
+            patch = _configured(patch, config, draft.stem)
         for key, part in _canonical((component, path), patch, shape, whole).items():
             if key in patches:
                 raise CorruptFile(f"{'.'.join(key)} is changed twice, once by {draft.stem}", path=file.path)
@@ -134,6 +138,15 @@ def _config(file: TensorFile, syntax: Syntax, component: str) -> PeftConfig:
     if syntax.alpha == "config":
         return peft_config.from_dict(file.config.get("adapter_config.json", {}))
     return peft_config.of_component(file.metadata, component)
+
+
+def _configured(patch: Patch, config: PeftConfig, path: str) -> Patch:
+    """The patch with what only the configuration says. A tensor's own alpha wins over it."""
+    if isinstance(patch, InputRotation):
+        return replace(patch, terms=config.neumann_terms)
+    if isinstance(patch, Hadamard | Kronecker) and patch.alpha_value is None:
+        return replace(patch, alpha_value=config.alpha_of(path))
+    return _scaled(_upright(patch), config, path) if isinstance(patch, LowRank) else patch
 
 
 def _scaled(patch: LowRank, config: PeftConfig, path: str) -> LowRank:
@@ -198,7 +211,9 @@ def _findings(
 
 
 def _alpha_findings(patches: Mapping[ModuleKey, Patch]) -> Iterable[Finding]:
-    values = [patch.alpha_value for patch in patches.values() if patch.alpha_value is not None]
+    # a rotation's alpha is a constraint, not a factor: kohya's 0 forbids any change, LyCORIS' 0 allows all
+    found = (p.constraint if isinstance(p, Rotation) else p.alpha_value for p in patches.values())
+    values = [value for value in found if value is not None]
     checks = (
         ("alpha-zero", [v for v in values if v == 0], "modules have alpha 0: they change nothing"),
         ("alpha-negative", [v for v in values if v < 0], "modules have a negative alpha: their effect is inverted"),

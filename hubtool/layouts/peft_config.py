@@ -24,11 +24,15 @@ _MANY_KEYS = 32
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What one component's configuration says about scales. ``alpha`` None: the file says nothing, alpha = rank."""
+    """What one component's configuration says about scales. ``alpha`` None: the file says nothing, alpha = rank.
+
+    ``neumann_terms``: the length of the series that PEFT's OFT puts in place of the inverse; None for the exact one.
+    """
 
     alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
+    neumann_terms: int | None = None
     findings: tuple[Finding, ...] = ()
 
     def alpha_of(self, path: str) -> float | None:
@@ -60,7 +64,7 @@ def _document(text: str | None) -> Mapping[str, Any]:
 
 def from_dict(config: Mapping[str, Any]) -> PeftConfig:
     """Read ``adapter_config.json`` or one component's part of the metadata. Values of the wrong type count as absent."""
-    alpha = _number(config.get("lora_alpha"))
+    alpha = _number(config.get("lora_alpha", config.get("alpha")))  # the second: PEFT's LoHa and LoKr
     pattern = config.get("alpha_pattern")
     pattern = pattern if isinstance(pattern, dict) else {}
     read = [(key, value) for keys, value in pattern.items() for key in keys.split("|")]
@@ -70,7 +74,13 @@ def from_dict(config: Mapping[str, Any]) -> PeftConfig:
         Finding("alpha-pattern", "error", f"alpha_pattern key {key!r} is no literal module name") for key in odd[:3]
     ]
     plain = {key.replace("\\", ""): float(value) for key, value in literal.items()}
-    return PeftConfig(alpha, plain, config.get("use_rslora") is True, tuple(findings))
+    return PeftConfig(alpha, plain, config.get("use_rslora") is True, _terms(config), tuple(findings))
+
+
+def _terms(config: Mapping[str, Any]) -> int | None:
+    """PEFT's defaults: the series, five terms long."""
+    terms = config.get("num_cayley_neumann_terms", 5)
+    return terms if config.get("use_cayley_neumann", True) and isinstance(terms, int) else None
 
 
 def _number(value: Any) -> float | None:

@@ -54,9 +54,10 @@ class Syntax:
     """How a module path and a role become a key.
 
     ``prefixes``: component -> spellings, the written one first (``"*"`` stands for a single unnamed component).
-    ``roles``: component or ``"*"`` -> role -> suffixes, the written one first. ``tails``: (module tail, spelling) pairs for syntaxes whose
+    ``roles``: component or ``"*"`` -> role -> suffixes, the written one first; ``reads``: suffixes that are read and never written. ``tails``: (module tail, spelling) pairs for syntaxes whose
     suffix swallows the end of the module path. ``alpha``: where scales live: ``tensor``, ``metadata``, ``config`` or ``none``.
-    ``ends``: (role, module tail, suffix) for tensors known by the end of their module's name. ``needs``: roles one of which must occur for the keys to be evidence.
+    ``ends``: (role, module tail, suffix) for tensors known by the end of their module's name. ``needs``: roles one of which must occur for the keys to be evidence;
+    ``companions``: role -> the role without which it does not count in the same module.
     ``namings``: the usual one first (``native``: the family's own); ``order``: among syntaxes that explain a file equally well, the lowest wins.
     """
 
@@ -69,9 +70,11 @@ class Syntax:
     namings: tuple[str, ...]
     prefixes: Mapping[str, tuple[str, ...]]
     roles: Mapping[str, Mapping[str, tuple[str, ...]]]
+    reads: Mapping[str, tuple[str, ...]]
     tails: tuple[tuple[str, str], ...]
     ends: tuple[tuple[str, str, str], ...]
     needs: frozenset[str]
+    companions: Mapping[str, str]
     walks: tuple[Walk, ...]
     positional: bool
     single_component: bool
@@ -150,9 +153,11 @@ def _syntax(doc: Mapping[str, Any], docs: Mapping[str, Mapping[str, Any]]) -> Sy
         namings=(namings,) if isinstance(namings, str) else tuple(namings),
         prefixes=MappingProxyType({key: tuple(value) for key, value in doc["prefixes"].items()}),
         roles=_roles(doc, lycoris=head.get("lycoris", False)),
+        reads=MappingProxyType({role: tuple(texts) for role, texts in doc.get("reads", {}).items()}),
         tails=tuple((row["module"], row["text"]) for row in doc.get("tails", ())),
         ends=tuple((row["role"], row["module"], row["text"]) for row in doc.get("ends", ())),
         needs=frozenset(head.get("needs", ())),
+        companions=MappingProxyType(doc.get("companions", {})),
         walks=tuple(map(_walk, walks)),
         positional=head.get("positional", False),
         single_component=head.get("single_component", False),
@@ -218,6 +223,8 @@ def _suffix_rows(syntax: Syntax) -> Iterator[tuple[str, tuple[str, str, str, str
             for tail, stem in syntax.tails or (("", ""),):
                 for text in texts:
                     yield (f"{stem}.{text}" if stem else text), (syntax.id, who, role, tail)
+    for role, texts in syntax.reads.items():
+        yield from ((text, (syntax.id, "*", role, "")) for text in texts)
     for role, module, text in syntax.ends:
         yield text, (syntax.id, "*", role, module)
 

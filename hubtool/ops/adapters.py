@@ -17,6 +17,7 @@ from hubtool.layouts.emit import emit
 from hubtool.layouts.parse import Parsed
 from hubtool.ops import promotion
 from hubtool.ops.plan import Plan
+from hubtool.tensors.expr import Read
 
 if TYPE_CHECKING:
     from hubtool.ops.convert import Target
@@ -45,6 +46,10 @@ def plan(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
     _refuse_errors(adapter)
     promoted = promotion.promote(adapter, target.algorithm, target.family)
     emission = spelled(promoted.adapter, target.layout or str(parsed.layout), parsed, target.family)
+    if target.component is None and not promoted.promotions and _spells_alike(file, emission, parsed):
+        from hubtool.ops.convert import container as same_names
+
+        return same_names(file, target.format, parsed)
     container = _container(emission, target.format)
     source = receipts.of_file(file, str(parsed.layout), (target.family,) if target.family else parsed.candidates)
     if container == "safetensors" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
@@ -52,6 +57,15 @@ def plan(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
         if restored is not None:
             return restored_plan(file, emission, restored)
     return _new(file, promoted, emission, container, source)
+
+
+def _spells_alike(file: TensorFile, emission: Emission, parsed: Parsed) -> bool:
+    """Whether the layout has the file's very keys: two namings may call a file's modules alike."""
+    if emission.losses or emission.layout.syntax != parsed.layout.syntax:
+        return False
+    return set(emission.tensors) == set(file.tensors) and all(
+        isinstance(expr, Read) and expr.ref == file.tensors[key] for key, expr in emission.tensors.items()
+    )
 
 
 def _new(

@@ -107,7 +107,7 @@ def _check(model: Any, name: str, key: Key, value: Any) -> None:
 
 
 def _sum(model: Any, book: Ledger, key: Key, shares: list[Share], fused: dict[str, Any]) -> Any:
-    """The value of one parameter, in its own dtype, in main memory."""
+    """The value of one parameter in main memory, in the dtype it has now (the pipeline may have been cast since the copy was made)."""
     import torch
 
     original = book.kept[key]
@@ -115,7 +115,8 @@ def _sum(model: Any, book: Ledger, key: Key, shares: list[Share], fused: dict[st
     total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
     for share in shares:
         total.add_(_change(share, key, book, base, fused), alpha=share.strength)
-    return total.to(base.dtype)
+    held = _parameter(model, key)
+    return total.to(base.dtype if held is None else held.dtype)
 
 
 def _change(share: Share, key: Key, book: Ledger, base: Any, fused: dict[str, Any]) -> Any:

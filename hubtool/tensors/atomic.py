@@ -73,7 +73,8 @@ class Output:
         self._flusher = _Flusher(fd)
         self._flushed = 0
 
-    def _advance(self, count: int) -> None:
+    def advance(self, count: int) -> None:
+        """Count bytes that were written, by this object or at their place in ``fd`` (one caller at a time)."""
         self._at += count
         if self._at - self._flushed >= _FLUSH:
             self._flushed = self._at
@@ -92,7 +93,7 @@ class Output:
         view = memoryview(data).cast("B")
         while view:
             count = os.write(self.fd, view)
-            self._advance(count)
+            self.advance(count)
             view = view[count:]
 
     def copy_range(self, source: int, offset: int, length: int) -> None:
@@ -118,7 +119,7 @@ class Output:
         views = [window[start - first : end - first] for start, end in ranges]
         wanted = sum(map(len, views))
         count = os.writev(self.fd, views)
-        self._advance(count)
+        self.advance(count)
         if count < wanted:  # a short write: the rest one by one
             for view in views:
                 skipped = min(count, len(view))
@@ -150,7 +151,7 @@ class Output:
             if count == 0:
                 return offset
             offset += count
-            self._advance(count)
+            self.advance(count)
         return offset
 
 

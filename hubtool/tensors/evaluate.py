@@ -7,16 +7,32 @@ pieces of files. Everything else goes through torch (``compute``), one tensor at
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from typing import Literal as OneOf
 
-from hubtool.errors import CorruptFile, ShapeMismatch, UnsupportedFile
+from hubtool.errors import BadValues, CorruptFile, ShapeMismatch, UnsupportedFile
 from hubtool.tensors.decode import decode
 from hubtool.tensors.dtypes import BITS, FLOATS, TORCH_NAME, numel
-from hubtool.tensors.expr import Cast, Cols, Compute, Concat, Expr, Literal, Permute, Read, Reshape, Rows, size
+from hubtool.tensors.expr import (
+    Cast,
+    Cols,
+    Compute,
+    Concat,
+    Expr,
+    Item,
+    Joint,
+    Literal,
+    Permute,
+    Read,
+    Reshape,
+    Rows,
+    inner,
+    size,
+)  # fmt: skip
+from hubtool.tensors.expr import sources as reads
 from hubtool.tensors.reading import Sources, pread_into
 from hubtool.tensors.ref import TensorRef
 
@@ -130,29 +146,41 @@ def load(ref: TensorRef) -> torch.Tensor:
     return compute(Read(ref))
 
 
-def compute(expr: Expr) -> torch.Tensor:
-    """Evaluate any expression with torch; the result has the expression's dtype and shape.
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where and with what memory expressions are computed: torch's device, and results of ``Joint``s that more than one item needs."""
 
-    ``Compute`` functions get float tensors as fp32 (fp64 stays), unless the function has a true attribute ``raw_dtypes``.
-    Raises ``ShapeMismatch`` when a function returns another shape than it promised.
+    device: str = "cpu"
+    done: dict[Joint, tuple[Any, ...]] = field(default_factory=dict)
+
+
+def compute(expr: Expr, context: Context | None = None) -> torch.Tensor:
+    """Evaluate any expression with torch; the result has the expression's dtype and shape and lies on the context's device.
+
+    ``Compute`` and ``Joint`` functions get float tensors as fp32 (fp64 stays), unless the function has a true attribute ``raw_dtypes``;
+    see ``hubtool.tensors.tiles`` for the other attributes. Raises ``ShapeMismatch`` when a function returns another shape than it
+    promised, ``BadValues`` where a function that is ``finite`` meets or makes NaN or infinity.
     """
+    context = context or Context()
     if is_bytes(expr):
-        return _from_bytes(expr)
+        return _from_bytes(expr, context.device)
     match expr:
         case Rows(source=source, start=start, stop=stop):
-            return compute(source)[start:stop]
+            return compute(source, context)[start:stop]
         case Cols(source=source, start=start, stop=stop):
-            return compute(source)[:, start:stop]
+            return compute(source, context)[:, start:stop]
         case Permute(source=source, order=order):
-            return compute(source).permute(order)
+            return compute(source, context).permute(order)
         case Reshape(source=source, shape=shape):
-            return compute(source).reshape(shape)
+            return compute(source, context).reshape(shape)
         case Cast(source=source, dtype=dtype):
-            return compute(source).to(_torch_dtype(dtype))
+            return compute(source, context).to(torch_dtype(dtype))
         case Concat(parts=parts, axis=axis):
-            return _concatenate([compute(part) for part in parts], axis)
+            return _concatenate([compute(part, context) for part in parts], axis)
         case Compute():
-            return _call(expr)
+            return _call(expr, context)
+        case Item(joint=joint, index=index):
+            return _joint(joint, context)[index]
     raise TypeError(f"not an expression: {expr!r}")
 
 
@@ -219,7 +247,8 @@ def _row_starts(shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[in
     return map(sum, itertools.product(*axes))
 
 
-def _torch_dtype(dtype: str) -> torch.dtype:
+def torch_dtype(dtype: str) -> torch.dtype:
+    """torch's dtype of a safetensors name. Raises ``UnsupportedFile`` where torch has none."""
     import torch
 
     found = getattr(torch, TORCH_NAME.get(dtype, ""), None)
@@ -229,20 +258,20 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
-def _from_bytes(expr: Expr) -> torch.Tensor:
+def _from_bytes(expr: Expr, device: str) -> torch.Tensor:
     import torch
 
-    dtype = _torch_dtype(expr.dtype)
+    dtype = torch_dtype(expr.dtype)
     if dtype.itemsize * 8 != BITS[expr.dtype]:
         raise UnsupportedFile(f"torch packs {expr.dtype}; its values are copied, never computed with")
     if numel(expr.shape) == 0:
-        return torch.empty(expr.shape, dtype=dtype)
+        return torch.empty(expr.shape, dtype=dtype, device=device)
     data = bytearray(size(expr))
     at = 0
     for chunk in chunks(expr):
         data[at : at + len(chunk)] = chunk
         at += len(chunk)
-    return torch.frombuffer(data, dtype=dtype).reshape(expr.shape)
+    return torch.frombuffer(data, dtype=dtype).reshape(expr.shape).to(device)
 
 
 def _torch_bytes(tensor: torch.Tensor) -> bytes:
@@ -262,16 +291,72 @@ def _concatenate(parts: list[Any], axis: int) -> torch.Tensor:
     return torch.cat(parts, dim=axis)
 
 
-def _call(expr: Compute) -> torch.Tensor:
-    wide = not getattr(expr.function, "raw_dtypes", False)
-    function: Callable[..., Any] = expr.function
-    result = function(*(_argument(source, wide) for source in expr.sources), **dict(expr.params))
-    if tuple(result.shape) != expr.shape:
-        raise ShapeMismatch(f"a function promised {expr.shape} and returned {tuple(result.shape)}")
-    cast: torch.Tensor = result.to(_torch_dtype(expr.dtype))
-    return cast
+def _call(expr: Compute, context: Context) -> torch.Tensor:
+    function, arguments = expr.function, _arguments(expr, context)
+    result = function(*arguments, **dict(expr.params), **_whole(function, arguments, dict(expr.params)))
+    return _finished(result, expr.shape, expr.dtype, expr, arguments)
 
 
-def _argument(source: Expr, wide: bool) -> torch.Tensor:
-    tensor = compute(source)
-    return tensor.float() if wide and source.dtype in FLOATS and source.dtype != "F64" else tensor
+def _joint(joint: Joint, context: Context) -> tuple[Any, ...]:
+    if joint not in context.done:
+        arguments = _arguments(joint, context)
+        results = joint.function(*arguments, **dict(joint.params))
+        if len(results) != len(joint.outputs):
+            raise ShapeMismatch(f"a function promised {len(joint.outputs)} tensors and returned {len(results)}")
+        context.done[joint] = tuple(
+            _finished(result, shape, dtype, joint, arguments)
+            for result, (shape, dtype) in zip(results, joint.outputs, strict=True)
+        )
+    return context.done[joint]
+
+
+def _arguments(call: Compute | Joint, context: Context) -> list[torch.Tensor]:
+    wide = not getattr(call.function, "raw_dtypes", False)
+    return [
+        widened(compute(source, context), source.dtype) if wide else compute(source, context) for source in call.sources
+    ]
+
+
+def widened(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """What a function gets for a tensor of ``dtype``: floats as fp32, fp64 and integers as they are."""
+    return tensor.float() if dtype in FLOATS and dtype != "F64" else tensor
+
+
+def _whole(function: Callable[..., Any], arguments: list[torch.Tensor], params: dict[str, Any]) -> dict[str, Any]:
+    """What a tiled function gets beside its sources, when the whole tensor is its only tile."""
+    survey = getattr(function, "survey", None)
+    extra = {"state": survey(lambda: iter((tuple(arguments),)), **params)} if survey is not None else {}
+    return {**extra, "start": 0} if getattr(function, "positional", False) else extra
+
+
+def _finished(result: Any, shape: tuple[int, ...], dtype: str, call: Compute | Joint, arguments: Sequence[Any]) -> Any:
+    """One rounding to the promised dtype, after the promised shape was checked."""
+    if tuple(result.shape) != shape:
+        raise ShapeMismatch(f"a function promised {shape} and returned {tuple(result.shape)}")
+    if getattr(call.function, "finite", False):
+        check_finite(result, dtype, call, arguments)
+    return result.to(torch_dtype(dtype))
+
+
+def check_finite(result: Any, dtype: str, call: Compute | Joint, arguments: Sequence[Any]) -> None:
+    """Raise ``BadValues`` where ``result`` has NaN or infinity, or will have in ``dtype``; it names the input at fault if one is."""
+    import torch
+
+    if result.numel() == 0 or not result.is_floating_point():
+        return
+    ends = torch.stack(torch.aminmax(result)).to(torch_dtype(dtype)).float()
+    if bool(torch.isfinite(ends).all()):
+        return
+    for source, tensor in zip(call.sources, arguments, strict=True):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            ref = next(iter(reads(source)), None)
+            where = (ref.name, ref.path) if ref is not None else ("an input", None)
+            raise BadValues(f"{where[0]} holds NaN or infinity", path=where[1])
+    low, high = (float(end) for end in torch.aminmax(result))
+    raise BadValues(f"values from {low:.4g} to {high:.4g} overflow {dtype}", hint="write bf16 or fp32")
+
+
+def joints(expr: Expr) -> frozenset[Joint]:
+    """Every ``Joint`` that the expression needs, at any depth."""
+    own = frozenset((expr.joint,)) if isinstance(expr, Item) else frozenset()
+    return own.union(*map(joints, inner(expr)))

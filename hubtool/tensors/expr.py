@@ -142,7 +142,50 @@ class Compute:
     params: tuple[tuple[str, Any], ...] = field(default=())
 
 
-Expr: TypeAlias = Read | Literal | Rows | Cols | Concat | Permute | Reshape | Cast | Compute
+@dataclass(frozen=True, slots=True, eq=False)
+class Joint:
+    """One computation with several results: ``function`` returns a tensor for each (shape, dtype) of ``outputs``, by ``Item``.
+
+    Compared by identity: the parallel writer runs one ``Joint`` once, however many of its items are written.
+    """
+
+    function: Callable[..., Any]
+    sources: tuple[Expr, ...]
+    outputs: tuple[tuple[Shape, str], ...]
+    params: tuple[tuple[str, Any], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One result of a ``Joint``."""
+
+    joint: Joint
+    index: int
+
+    @property
+    def dtype(self) -> str:
+        return self.joint.outputs[self.index][1]
+
+    @property
+    def shape(self) -> Shape:
+        return self.joint.outputs[self.index][0]
+
+
+Expr: TypeAlias = Read | Literal | Rows | Cols | Concat | Permute | Reshape | Cast | Compute | Item
+
+
+def inner(expr: Expr) -> tuple[Expr, ...]:
+    """The expressions that ``expr`` is made of directly."""
+    match expr:
+        case Read() | Literal():
+            return ()
+        case Concat(parts=parts):
+            return parts
+        case Compute(sources=sources):
+            return sources
+        case Item(joint=joint):
+            return joint.sources
+    return (expr.source,)
 
 
 def rows(source: Expr, start: int, stop: int) -> Expr:
@@ -193,7 +236,4 @@ def sources(expr: Expr) -> tuple[TensorRef, ...]:
     """Every tensor the expression reads, in order, with repetitions."""
     if isinstance(expr, Read):
         return (expr.ref,)
-    if isinstance(expr, Literal):
-        return ()
-    inner = expr.parts if isinstance(expr, Concat) else expr.sources if isinstance(expr, Compute) else (expr.source,)
-    return tuple(ref for part in inner for ref in sources(part))
+    return tuple(ref for part in inner(expr) for ref in sources(part))

@@ -44,15 +44,8 @@ def write_safetensors(
     default that of the file most bytes are copied from, so that the kernel copies whole pages. ``progress`` is called with the bytes
     just written. Raises ``WouldOverwrite``, ``FileError``, and whatever evaluating an expression raises; then nothing was written.
     """
-    if header is None:
-        entries = [(name, expr.dtype, expr.shape, size(expr)) for name, expr in tensors.items()]
-        header = headers.serialise(entries, metadata, phase=_page_phase(tensors.values()) if phase is None else phase)
-        order = list(tensors)
-    else:
-        order = _order_of(header, tensors, path)
-    body = sum(size(expr) for expr in tensors.values())
-    total = 8 + len(header) + body
-    headers.parse(header, body, path)  # our own output obeys the rules of our reader, before a byte is written
+    header, order = head(path, tensors, metadata, header, phase)
+    total = 8 + len(header) + sum(size(expr) for expr in tensors.values())
     with atomic_file(path, total, force=force) as output:
         output.write(len(header).to_bytes(8, "little") + header)
         with Sources() as sources:
@@ -60,6 +53,25 @@ def write_safetensors(
             _write(output, coalesce(stream), sources, progress)
         headers.read(output.fd, total, path)
     return total
+
+
+def head(
+    path: Path,
+    tensors: Mapping[str, Expr],
+    metadata: Mapping[str, str] | None,
+    header: bytes | None = None,
+    phase: int | None = None,
+) -> tuple[bytes, list[str]]:
+    """The header of a file of ``tensors``, without its length, and their names in the order of the data. See ``write_safetensors``."""
+    if header is not None:
+        order = _order_of(header, tensors, path)
+    else:
+        order = list(tensors)
+        entries = [(name, expr.dtype, expr.shape, size(expr)) for name, expr in tensors.items()]
+        header = headers.serialise(entries, metadata, phase=_page_phase(tensors.values()) if phase is None else phase)
+    # our own output obeys the rules of our reader, before a byte is written
+    headers.parse(header, sum(size(expr) for expr in tensors.values()), path)
+    return header, order
 
 
 def rewrite_header_in_place(path: Path, header: bytes) -> bool:

@@ -33,7 +33,8 @@ def adapter_for(layout: str, family: str, **options: object) -> object:
     table = tables.syntaxes()[syntax]
     components = set(table.prefixes) if not _shared_prefix(table) else {modules[0][0]}
     kept = [m for m in modules if m[0] in components and _held(family, naming, m)]
-    return make(family, closed(family, _spread(kept)), **options)  # type: ignore[arg-type]
+    whole = [m for m in closed(family, _spread(kept)) if _held(family, naming, m)]
+    return make(family, whole, **options)  # type: ignore[arg-type]
 
 
 def _shared_prefix(syntax: tables.Syntax) -> bool:

@@ -54,7 +54,13 @@ def adapted(family: str) -> list[str]:
 
 
 def _trained(name: str) -> bool:
-    return ".attn" in name or ".ff.net" in name or "_proj" in name or ".mlp.fc" in name
+    return (
+        name.endswith(("to_q", "to_k", "to_v"))
+        or ".attn" in name
+        or ".ff.net" in name
+        or "_proj" in name
+        or ".mlp.fc" in name
+    )
 
 
 def make(
