@@ -6,15 +6,15 @@ A block lies between ``<!-- hubtool:NAME -->`` and ``<!-- end -->``; NAME is a k
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from hubtool.cli.errors import EXIT_CODES
 from hubtool.cli.main import cli
+from hubtool.layouts import tables
+from tests import matrix
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = CHECKOUT / "README.md"
@@ -39,21 +39,45 @@ def exit_codes() -> str:
 
 
 def families() -> str:
-    rows = [(f"`{row['id']}`", row["title"], row.get("base_model", "")) for row in _tables("families", "family")]
-    return table(("family", "what", "usual base"), rows)
+    rows = [_family(tables.family(name)) for name in tables.family_ids()]
+    return table(("family", "what", "usual base", "namings", "sizes"), rows)
+
+
+def _family(row: tables.Family) -> tuple[str, ...]:
+    sizes = len(next(iter(row.components.values())))
+    namings = ", ".join(f"`{name}`" for name in ("diffusers", *row.namings))
+    return f"`{row.id}`", row.title, row.base_model, namings, str(sizes)
 
 
 def layouts() -> str:
     rows = [
-        (", ".join(f"`{name}`" for name in row["short"] or [row["id"]]), row["title"], SCALES[row["alpha"]])
-        for row in _tables("syntaxes", "syntax")
+        (f"`{_short(one)}`", one.title, SCALES[one.alpha], _count(matrix.families_of(one.id)))
+        for one in sorted(tables.syntaxes().values(), key=_short)
     ]
-    return table(("layout", "what", "scales"), rows)
+    return table(("layout", "what", "scales", "families"), rows)
 
 
-def _tables(folder: str, head: str) -> list[dict[str, Any]]:
-    paths = sorted((CHECKOUT / "schemas" / folder).glob("*.toml"))
-    return [tomllib.loads(path.read_text("utf-8"))[head] for path in paths]
+def _short(syntax: tables.Syntax) -> str:
+    return next(iter(syntax.short), syntax.id)
+
+
+def _count(names: frozenset[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)) if len(names) < 4 else str(len(names))
+
+
+def algorithms() -> str:
+    columns = sorted(matrix.syntaxes(), key=_short)
+    rows = [(name, *(matrix.algorithm(name, one) for one in columns)) for name in matrix.ALGORITHMS]
+    return table(("algorithm", *(f"`{_short(one)}`" for one in columns)), rows)
+
+
+def families_by_layout() -> str:
+    columns = sorted(tables.syntaxes().values(), key=_short)
+    rows = [
+        (f"`{name}`", *(matrix.EXACT if name in matrix.families_of(one.id) else matrix.NONE for one in columns))
+        for name in tables.family_ids()
+    ]
+    return table(("family", *(f"`{_short(one)}`" for one in columns)), rows)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -66,6 +90,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "families": families,
     "layouts": layouts,
+    "algorithms": algorithms,
+    "families-by-layout": families_by_layout,
 }
 
 

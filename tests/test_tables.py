@@ -44,7 +44,7 @@ SIZES = [(f, n, size) for f, n in NAMINGS for size in models(f, tables.family(f)
 @pytest.mark.parametrize(("family", "naming", "size"), SIZES)
 def test_a_naming_spells_every_module_once(family: str, naming: str, size: str) -> None:
     component = tables.family(family).namings[naming].component
-    known = places(family, naming, component, size)
+    known = {path: place for path, place in places(family, naming, component, size).items() if place.outside}
     owners = {place.outside: place.parts for place in known.values()}
     assert all(owners[place.outside] == place.parts for place in known.values())
     assert all(path in place.parts for path, place in known.items())

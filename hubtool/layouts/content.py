@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from hubtool.adapters.factors import Factors
 from hubtool.adapters.ir import Patch
 from hubtool.adapters.rotation import Rotation
 from hubtool.formats.base import TensorFile
@@ -50,9 +49,6 @@ def _adapter(parsed: Parsed) -> Iterator[Item]:
 
 def _roles(patch: Patch) -> Iterator[tuple[str, Expr]]:
     """What a module does, apart from how it was written: the effect of alpha instead of alpha."""
-    if isinstance(patch, Factors):
-        yield from patch.roles()
-        return
     per_output = getattr(patch, "dora_axis", None) == "out"
     for role, tensor in patch.roles():
         if role == "dora_scale" and per_output:

@@ -116,7 +116,7 @@ def _tensors(patch: Patch, syntax: Syntax, name: str, out: Emission) -> Iterator
 def _flavour(patch: Rotation, syntax: Syntax) -> str:
     """Whose reading of OFT's tensors the keys of ``syntax`` imply."""
     prefix = next(iter(syntax.prefixes.values()))[0]
-    return registry.flavour_of(patch.algorithm, dict(patch.roles()), prefix) or "lycoris"
+    return registry.flavour_of("oft", dict(patch.roles()), prefix) or "lycoris"
 
 
 def _magnitude(patch: LowRank, syntax: Syntax, name: str, out: Emission) -> Expr | None:

@@ -18,7 +18,7 @@ from hubtool.layouts.keys import BUNDLE, Reading
 from hubtool.layouts.modules import Draft
 from hubtool.layouts.naming import Place
 from hubtool.layouts.tables import Layout, Syntax
-from hubtool.layouts.verdict import MOST_CONTRADICTIONS, verdict
+from hubtool.layouts.verdict import MOST_CONTRADICTIONS, remembered, verdict
 from hubtool.tensors.ref import TensorRef
 
 RAW = "raw"  # the naming of modules no vocabulary knows
@@ -78,7 +78,7 @@ def _from_names(
     _refuse_mixture(path, reading)
     _refuse_twins(path, reading)
     drafts = modules.group(reading.spelled, tensors, path)
-    found = _families(reading.syntax, drafts, family)
+    found = _families(reading.syntax, drafts, family, remembered(metadata))
     best = found[0] if found else None
     named, places, unnamed = _place(drafts, best, path)
     settled, candidates, evidence = verdict(found, metadata)
@@ -118,9 +118,17 @@ def _refuse_twins(path: Path, reading: Reading) -> None:
             raise CorruptFile(f"{text}: tools would load different parts of this file", path=path)
 
 
-def _families(syntax: Syntax, drafts: list[Draft], asked: str | None) -> tuple[Match, ...]:
-    """Families whose vocabulary covers every component well, the prefix being theirs."""
-    matches = detect.match([draft.module() for draft in drafts], syntax.joiner, asked)
+def _families(
+    syntax: Syntax, drafts: list[Draft], asked: str | None, hinted: tuple[str, ...] = ()
+) -> tuple[Match, ...]:
+    """Families whose vocabulary covers every component well, the prefix being theirs; the hinted ones when they know every name."""
+    listed = [draft.module() for draft in drafts]
+    if asked is None and hinted:
+        told = [one for name in hinted for one in detect.match(listed, syntax.joiner, name)]
+        whole = tuple(one for one in told if len(one.found) == len(drafts))
+        if whole:
+            return whole
+    matches = detect.match(listed, syntax.joiner, asked)
     return tuple(m for m in matches if _covers(m, drafts) and _plausible(m, drafts) and _own_prefix(m, syntax, drafts))
 
 

@@ -36,12 +36,17 @@ def verdict(found: tuple[Match, ...], metadata: Mapping[str, str]) -> Verdict:
     return (candidates[0] if settled else None), candidates, tuple(evidence)
 
 
-def _by_receipt(found: tuple[Match, ...], metadata: Mapping[str, str]) -> tuple[tuple[Match, ...], str]:
-    """What hubtool took the file for when it converted it, among the families that fit."""
+def remembered(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The families that hubtool took a file for when it converted it. A hint like any other: names and shapes must bear it out."""
     try:
         families = json.loads(metadata.get("hubtool.origin", "{}")).get("families", ())
-    except (ValueError, AttributeError, RecursionError):
-        return found, ""
+        return tuple(name for name in families if name in tables.family_ids())
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return ()
+
+
+def _by_receipt(found: tuple[Match, ...], metadata: Mapping[str, str]) -> tuple[tuple[Match, ...], str]:
+    families = remembered(metadata)
     left = tuple(one for one in found if one.family in families)
     return (left, f"its receipt of origin says {', '.join(one.family for one in left)}") if left else (found, "")
 

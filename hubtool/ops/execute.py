@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hubtool.errors import ConversionError, UsageProblem
@@ -12,39 +12,75 @@ from hubtool.formats.base import TensorFile
 from hubtool.layouts.receipt import KEY as RECEIPT
 from hubtool.ops.plan import Plan
 from hubtool.tensors import header
-from hubtool.tensors.expr import Read, Reshape
+from hubtool.tensors.evaluate import is_bytes
+from hubtool.tensors.expr import Expr, Read, Reshape
 from hubtool.tensors.ref import TensorRef
 from hubtool.tensors.writer import atomic_folder, rewrite_header_in_place, same_file, write_safetensors
 
 Progress = Callable[[int], None]
 
 
-def execute(plan: Plan, output: Path, *, force: bool = False, progress: Progress | None = None) -> int:
-    """Write the plan to ``output`` and return the bytes written. Raises ``WouldOverwrite``, ``FileError``, ``UsageProblem``."""
+def execute(
+    plan: Plan,
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> int:
+    """Write the plan to ``output`` and return the bytes written. Raises ``WouldOverwrite``, ``FileError``, ``UsageProblem``.
+
+    ``workers`` and ``device`` are for tensors that have to be computed, see ``hubtool.tensors.parallel``.
+    """
     if output.exists() and same_file(output, plan.source):
         raise UsageProblem("the output is the input", path=output, hint="choose another name, or --in-place")
     if type(plan) is not Plan:
-        return _execute_special(plan, output, force=force, progress=progress)
+        return _execute_special(plan, output, force=force, progress=progress, workers=workers, device=device)
     if plan.format == "peft-folder":
-        return _peft_folder(plan, output)
+        return _peft_folder(plan, output, workers, device)
     if plan.format == "torch-zip":
         from hubtool.formats.torch_writer import write_torch_zip
 
         tree = plan.tree if plan.tree is not None else dict(plan.tensors)
         return write_torch_zip(output, tree, force=force, root=_root(output))
-    return write_safetensors(
-        output, plan.tensors, dict(plan.metadata) or None, force=force, header=plan.header, progress=progress
+    return write(
+        output, plan.tensors, dict(plan.metadata) or None,
+        force=force, header=plan.header, progress=progress, workers=workers, device=device,
+    )  # fmt: skip
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Expr],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    force: bool = False,
+    header: bytes | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> int:
+    """One safetensors file: copied in order where every tensor is bytes of files, else by several workers."""
+    if all(map(is_bytes, tensors.values())):
+        return write_safetensors(path, tensors, metadata, force=force, header=header, progress=progress)
+    from hubtool.tensors.parallel import write_safetensors_parallel
+
+    return write_safetensors_parallel(
+        path, tensors, metadata, force=force, header=header, progress=progress, workers=workers, device=device
     )
 
 
-def _execute_special(plan: Plan, output: Path, *, force: bool, progress: Progress | None) -> int:
+def _execute_special(
+    plan: Plan, output: Path, *, force: bool, progress: Progress | None, workers: int | None, device: str
+) -> int:
     """Plans that are more than one file of tensors; their modules are imported only here."""
     from hubtool.ops.artefacts._image import Restored
     from hubtool.ops.execute_folder import execute_folder
     from hubtool.ops.folder_plan import FolderPlan
 
     if isinstance(plan, FolderPlan):
-        return execute_folder(plan, output, progress=progress)
+        return execute_folder(plan, output, progress=progress, workers=workers, device=device)
     assert isinstance(plan, Restored), type(plan)
     return plan.write(output, force=force)
 
@@ -57,11 +93,12 @@ def _root(output: Path) -> str:
     )
 
 
-def _peft_folder(plan: Plan, output: Path) -> int:
+def _peft_folder(plan: Plan, output: Path, workers: int | None, device: str) -> int:
     with atomic_folder(output) as part:
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (part / "adapter_config.json").write_text(text, encoding="utf-8")
-        return write_safetensors(part / "adapter_model.safetensors", plan.tensors, dict(plan.metadata) or None)
+        name = part / "adapter_model.safetensors"
+        return write(name, plan.tensors, dict(plan.metadata) or None, workers=workers, device=device)
 
 
 def execute_in_place(plan: Plan, file: TensorFile) -> int:

@@ -5,26 +5,38 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from hubtool.layouts.checkpoint_receipt import EXTRAS
+from hubtool.ops import execute
 from hubtool.ops.folder_plan import FolderPlan, WeightsFile
 from hubtool.tensors.expr import Expr, size
-from hubtool.tensors.writer import atomic_folder, write_safetensors
+from hubtool.tensors.writer import atomic_folder
 
 Progress = Callable[[int], None]
+Writer = Callable[..., int]
 SHARD = 10_000_000_000  # bytes: what diffusers' save_pretrained puts into one file at most
 
 
-def execute_folder(plan: FolderPlan, output: Path, *, progress: Progress | None = None, shard: int = SHARD) -> int:
+def execute_folder(
+    plan: FolderPlan,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    shard: int = SHARD,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> int:
     """Write the plan to the new folder ``output`` and return the bytes written.
 
     Weights of more than ``shard`` bytes are split under an index. Raises ``WouldOverwrite`` when ``output`` exists, ``FileError``.
     """
+    write = partial(execute.write, progress=progress, workers=workers, device=device)
     with atomic_folder(output) as part:
-        total = sum(_weights(plan, file, part, shard, progress) for file in plan.files)
+        total = sum(_weights(plan, file, part, shard, write) for file in plan.files)
         if plan.extras:
-            total += write_safetensors(part / EXTRAS, plan.extras, progress=progress)
+            total += write(part / EXTRAS, plan.extras)
         for name, text in plan.documents.items():
             _place(part, name).write_bytes(text)
         for name, source in plan.copies.items():
@@ -38,20 +50,17 @@ def _place(folder: Path, name: str) -> Path:
     return path
 
 
-def _weights(plan: FolderPlan, file: WeightsFile, folder: Path, shard: int, progress: Progress | None) -> int:
+def _weights(plan: FolderPlan, file: WeightsFile, folder: Path, shard: int, write: Writer) -> int:
     tensors = {key: plan.tensors[name] for key, name in file.keys.items()}
     path = _place(folder, file.name)
     if file.header is not None and plan.header is not None:
-        return write_safetensors(path, tensors, header=file.header, progress=progress)
+        return write(path, tensors, header=file.header)
     pieces = list(_shards(tensors, shard))
     if len(pieces) == 1:
-        return write_safetensors(path, tensors, file.metadata, progress=progress)
+        return write(path, tensors, file.metadata)
     names = [f"{path.stem}-{i:05}-of-{len(pieces):05}.safetensors" for i in range(1, len(pieces) + 1)]
     _write_index(path, dict(zip(names, pieces, strict=True)))
-    return sum(
-        write_safetensors(path.parent / name, piece, file.metadata, progress=progress)
-        for name, piece in zip(names, pieces, strict=True)
-    )
+    return sum(write(path.parent / name, piece, file.metadata) for name, piece in zip(names, pieces, strict=True))
 
 
 def _shards(tensors: Mapping[str, Expr], limit: int) -> Iterator[dict[str, Expr]]:

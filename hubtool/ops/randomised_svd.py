@@ -52,22 +52,26 @@ def seed_of(seed: int, key: str) -> int:
 
 
 def energy_of(matrix: Tensor) -> float:
-    """Squared Frobenius norm: rows in fp32, their sum in fp64."""
+    """Squared Frobenius norm of (m, n): rows in fp32, their sum in fp64."""
     import torch
 
-    return float(torch.linalg.vector_norm(matrix.flatten(1), dim=1).double().square().sum())
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
-def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0, tolerance: float = TOLERANCE) -> Factors:
+def truncated_svd(
+    matrix: Tensor, rank: int, *, seed: int = 0, tolerance: float = TOLERANCE, energy: float | None = None
+) -> Factors:
     """The ``rank`` largest singular triples of an fp32 matrix (m, n), with ||A - out|| at most ``tolerance`` times the least possible.
 
-    Exact where the matrix is small or the rank nearly full. Signs are settled, so equal input gives equal output.
+    ``energy``: the matrix's squared norm, where it is known already. Exact where the matrix is small or the rank nearly full. Signs are
+    settled, so equal input gives equal output.
     """
     rank = min(rank, *matrix.shape)
     width = max(rank, _NARROWEST)
+    energy = energy_of(matrix) if energy is None else energy
     small = min(matrix.shape) < _FEWEST_BLOCKS * width
-    found = _exact(matrix, rank) if small else _iterated(matrix, rank, width, seed, tolerance)
-    return _signed(found)
+    found = None if small else _iterated(matrix, rank, width, seed, tolerance, energy)
+    return _signed(found or _exact(matrix, rank, energy))
 
 
 def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -76,11 +80,11 @@ def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
     return factors.left * root, root[:, None] * factors.right
 
 
-def _exact(matrix: Tensor, rank: int) -> Factors:
+def _exact(matrix: Tensor, rank: int, energy: float) -> Factors:
     import torch
 
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return Factors(left[:, :rank], values[:rank], right[:rank], energy_of(matrix))
+    return Factors(left[:, :rank], values[:rank], right[:rank], energy)
 
 
 @dataclass(slots=True)
@@ -156,10 +160,10 @@ class _Run:
         )
 
 
-def _iterated(matrix: Tensor, rank: int, width: int, seed: int, tolerance: float) -> Factors:
+def _iterated(matrix: Tensor, rank: int, width: int, seed: int, tolerance: float, energy: float) -> Factors | None:
+    """None where the bases grew as large as an exact decomposition without reaching the tolerance."""
     import torch
 
-    energy = energy_of(matrix)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     run = _Run(matrix)
@@ -173,7 +177,7 @@ def _iterated(matrix: Tensor, rank: int, width: int, seed: int, tolerance: float
         bound = _bound(energy, captured)
         if bound <= tolerance:
             return run.factors(rank, energy, bound)
-    return _exact(matrix, rank)
+    return None
 
 
 def _bound(energy: float, captured: list[float]) -> float:
@@ -201,6 +205,4 @@ def _signed(found: Factors) -> Factors:
 
     largest = found.left.gather(0, found.left.abs().argmax(0, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(found.left)
-    return Factors(
-        found.left * sign, found.values, sign.T * found.right, found.energy, found.bound, found.products
-    )
+    return Factors(found.left * sign, found.values, sign.T * found.right, found.energy, found.bound, found.products)

@@ -142,7 +142,8 @@ class _Tiler:
         self._slots = [_Slot(index, source, bench) for index, source in enumerate(expr.sources)]
         self._rows = not getattr(expr.function, "elementwise", False)
         self._total = numel(expr.shape)
-        row = numel(expr.shape[1:]) if self._rows else 1
+        # a vector is one row: cut, it would not know its neighbours
+        row = 1 if not self._rows else numel(expr.shape[1:]) if len(expr.shape) > 1 else self._total
         self._step = max(bench.tile // max(row, 1), 1) * row
 
     def spans(self) -> Iterator[tuple[int, int]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
+from hubtool.adapters.ir import Adapter
 from hubtool.formats import open_file
 from hubtool.layouts import emit, parse_file, tables
 from hubtool.layouts.content import content_id
@@ -15,6 +17,7 @@ from hubtool.ops.convert import Target, plan
 from hubtool.ops.execute import execute
 from hubtool.tensors.evaluate import to_bytes
 from tests.support.adapters import attention, closed, layouts, make, write
+from tests.support.patches import CASES as PATCHES
 
 CASES = [(family, layout) for family in tables.family_ids() for layout in layouts(family)]
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -116,3 +119,23 @@ def test_scales_reach_diffusers_as_patterns_not_as_numbers_folded_in(family: str
         alpha = config[f"{component}.alpha_pattern"].get(path, config[f"{component}.lora_alpha"])
         assert (rank, alpha / rank) == (patch.rank, patch.scale)
         assert to_bytes(emission.tensors[f"{component}.{path}.lora_B.weight"]) == to_bytes(patch.up)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, (patch, _) in PATCHES.items()
+        if not name.startswith(("embedding", "ia3 of peft", "oft of", "boft of"))
+    ],
+)
+def test_kohya_holds_every_algorithm_exactly(name: str) -> None:
+    patch, _ = PATCHES[name]
+    sd1 = Adapter(
+        "sd1", MappingProxyType({("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"): patch})
+    )
+    emission = emit(sd1, "kohya")
+    written = {role: to_bytes(emission.tensors[key]) for (_, _, role), key in emission.roles.items()}
+    lost = {loss.what.rpartition(".")[2] for loss in emission.losses}
+    assert lost <= {"bias"}
+    assert {role: to_bytes(tensor) for role, tensor in patch.roles() if role not in lost} == written

@@ -115,16 +115,19 @@ def write(adapter: Adapter, path: Path, layout: str, metadata: dict[str, str] | 
 
 def layouts(family: str) -> list[str]:
     """Every (syntax, naming) a safetensors LoRA of the family can have: syntaxes with a prefix for its denoiser, positional ones apart."""
-    table = tables.family(family)
-    names = ["diffusers", *(one.id for one in table.namings.values() if not one.partial)]
-    denoiser = adapted(family)[0]
     fit = [
         s
         for s in tables.syntaxes().values()
-        if s.container == "safetensors" and not s.positional and "up" in s.roles["*"] and denoiser in s.prefixes
-        if not s.needs or "down" in s.needs
+        if s.container == "safetensors" and not s.positional and "up" in s.roles["*"]
     ]
-    return [f"{s.id}/{naming}" for s in fit for naming in _namings(s, table, names)]
+    return [f"{s.id}/{naming}" for s in fit if not s.needs or "down" in s.needs for naming in namings(s, family)]
+
+
+def namings(syntax: tables.Syntax, family: str) -> list[str]:
+    """The namings that adapters of the family can have in a syntax."""
+    table = tables.family(family)
+    whole = ["diffusers", *(one.id for one in table.namings.values() if not one.partial)]
+    return _namings(syntax, table, whole) if adapted(family)[0] in syntax.prefixes else []
 
 
 def _namings(syntax: tables.Syntax, table: tables.Family, whole: list[str]) -> list[str]:

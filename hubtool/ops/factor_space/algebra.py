@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OVERSAMPLING, POWER_ITERATIONS = 16, 2  # error of ``of_dense`` about 1.002 of the optimum (spec/performance.md e)
-
 
 @dataclass(frozen=True, slots=True)
 class Decomposed:
@@ -112,30 +110,15 @@ def aligned(found: Bases) -> tuple[Any, tuple[Any, ...]]:
     return u * values, v.split(found.right.shape[0], 1)
 
 
-def of_dense(change: Any, rank: int, generator: Any = None) -> Decomposed:
-    """The ``rank`` largest singular triples of a matrix (m, n): exact for small ones, otherwise by randomised subspace iteration
-    (Halko, Martinsson and Tropp 2011)."""
+def of_dense(change: Any, rank: int, seed: int = 0) -> Decomposed:
+    """The ``rank`` largest singular triples of a matrix (m, n), by products with it; its error is at most 1.005 of the optimum's."""
     import torch
 
-    m, n = change.shape
-    wanted = rank + OVERSAMPLING
-    if min(m, n) <= 2 * wanted:
-        u, values, v = torch.linalg.svd(change, full_matrices=False)
-        eye = torch.eye(len(values), dtype=torch.float64, device=change.device)
-        return Decomposed(u, eye, values.double(), eye, v, float(values.double().square().sum()))
-    sketch = torch.randn(n, wanted, generator=generator).to(change)
-    basis = torch.linalg.qr(change @ sketch).Q
-    for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(change @ torch.linalg.qr(change.T @ basis).Q).Q
-    right, lower = torch.linalg.qr((basis.T @ change).T)
-    u, values, v = torch.linalg.svd(lower.double().T, full_matrices=False)
-    return Decomposed(basis, u[:, :rank], values[:rank], v[:rank], right.T, _energy(change))
+    from hubtool.ops.randomised_svd import truncated_svd
 
-
-def _energy(change: Any) -> float:
-    import torch
-
-    return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+    found = truncated_svd(change, rank, seed=seed)
+    eye = torch.eye(len(found.values), dtype=torch.float64, device=change.device)
+    return Decomposed(found.left, eye, found.values.double(), eye, found.right, found.energy)
 
 
 def product_norm(up: Any, down: Any) -> float:
@@ -149,3 +132,14 @@ def rounding(up: Any, down: Any, dtype: Any) -> float:
 
     stored_up, stored_down = up.to(dtype).to(up.dtype), down.to(dtype).to(down.dtype)
     return product_norm(torch.cat([stored_up - up, up], 1), torch.cat([stored_down, stored_down - down], 0))
+
+
+def inner_products(terms: Sequence[tuple[Any, Any, float]]) -> list[list[float]]:
+    """The inner products of the changes coefficient * up @ down of all terms, by products of thin matrices."""
+    flat = [(up.flatten(1), down.flatten(1), factor) for up, down, factor in terms]
+    rows = [[0.0] * len(flat) for _ in flat]
+    for i, (up, down, factor) in enumerate(flat):
+        for j, (other_up, other_down, other) in enumerate(flat[: i + 1]):
+            shared = (up.T @ other_up).double() * (down @ other_down.T).double()
+            rows[i][j] = rows[j][i] = factor * other * float(shared.sum())
+    return rows

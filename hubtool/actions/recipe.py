@@ -1,0 +1,223 @@
+"""recipe: run one, show one, check that one still gives the same bytes. Every operation in weight space can be asked for by a recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hubtool.actions.where import library_exists
+from hubtool.errors import ConversionError, FileMissing, NotFound, UsageProblem
+from hubtool.formats import open_file
+from hubtool.ops import recipe as recipes
+from hubtool.ops.recipe import Input, Recipe
+from hubtool.tensors.hashing import hash_file
+
+Progress = Callable[[int], None]
+_DEEPEST = 8
+_FOLDER_FORMATS = ("diffusers-folder", "peft-folder")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a recipe is carried out. ``folder``: the recipe's own, where its relative paths start; ``search``: further folders that may
+    hold inputs known by name and hash; ``library``: as everywhere."""
+
+    force: bool = False
+    dry_run: bool = False
+    library: str | None = None
+    folder: Path | None = None
+    search: tuple[Path, ...] = ()
+    device: str = "cpu"
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a run did. ``result``: the operation's own answer; ``sha256``: the output's fingerprint, None for a dry run."""
+
+    recipe: Recipe
+    output: Path | None
+    sha256: str | None
+    result: Any
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.to_json(),
+            "output": None if self.output is None else str(self.output),
+            "sha256": self.sha256,
+            "result": self.result.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``expected``: what the recipe or the file says; ``found``: what running it gave."""
+
+    source: Path
+    expected: str
+    found: str
+
+    @property
+    def same(self) -> bool:
+        return self.expected == self.found
+
+    def to_json(self) -> dict[str, Any]:
+        return {"source": str(self.source), "expected": self.expected, "found": self.found, "same": self.same}
+
+
+class Hashes:
+    """Fingerprints of inputs, taken by a thread of its own from the start: what else starts meanwhile (torch) hides their time."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hubtool-hash")
+        self._found: dict[Path, Future[str]] = {}
+        for path in paths:
+            if path not in self._found:
+                self._found[path] = self._pool.submit(fingerprint, path)
+        self._pool.shutdown(wait=False)
+
+    def of(self, path: Path) -> str:
+        """Wait for the fingerprint of one of the paths."""
+        return self._found[path].result()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of ``sha256  name`` lines of its weights files, by name."""
+    if not path.is_dir():
+        return hash_file(path, ["sha256"])["sha256"]
+    names = {file.relative_to(path).as_posix(): file for file in open_file(path).files if file.suffix != ".json"}
+    lines = (f"{hash_file(file, ['sha256'])['sha256']}  {name}\n" for name, file in sorted(names.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def locate(text: str | os.PathLike[str], library: str | None = None) -> Path:
+    """The path that a REF means: itself where it exists, else the artifact of the library. Raises ``FileMissing``, ``NotFound``, ``AmbiguousRef``."""
+    path = Path(text)
+    if os.path.lexists(path):
+        return path
+    if not library_exists(library) or path.name != os.fspath(text):
+        raise FileMissing("no such file", path=path)
+    from hubtool.actions.library import reading
+    from hubtool.registry import browse
+
+    with reading(library) as reader:
+        row = browse.find(reader, os.fspath(text))
+    return _present(os.fspath(text), [Path(place.path) for place in row.places])
+
+
+def _present(ref: str, paths: Sequence[Path]) -> Path:
+    for path in paths:
+        if path.exists():
+            return path
+    raise NotFound(f"{ref!r} is in the library, its file is not there now", hint="hubtool scan its folder")
+
+
+def resolve(one: Input, options: RunOptions) -> Path:
+    """The file that an input means, checked against its hash where it has one. Raises ``NotFound``, ``ConversionError`` for other bytes."""
+    if one.path is not None:
+        return _verified(one, (options.folder or Path()) / one.path)
+    if one.ref is not None:
+        return _verified(one, locate(one.ref, options.library))
+    for folder in (options.folder, *options.search):
+        path = None if folder is None or one.name is None else folder / Path(one.name).name
+        if path is not None and path.exists() and one.sha256 in (None, fingerprint(path)):
+            return path
+    if one.sha256 is None:
+        raise NotFound(f"the input {one} is not here", hint="name the folder it lies in with --search")
+    try:
+        return _verified(one, locate(one.sha256, options.library))
+    except (FileMissing, NotFound):
+        hint = "name the folder it lies in with --search, or scan it into the library"
+        raise NotFound(
+            f"the input {one} (sha256 {one.sha256[:12]}) is neither here nor in the library", hint=hint
+        ) from None
+
+
+def _verified(one: Input, path: Path) -> Path:
+    if not path.exists():
+        raise FileMissing("the recipe names a file that is not there", path=path)
+    if one.sha256 is not None and fingerprint(path) != one.sha256:
+        raise ConversionError(f"the recipe means other bytes (sha256 {one.sha256[:12]}) than this file has", path=path)
+    return path
+
+
+def run(
+    recipe: Recipe, output: Path | None, options: RunOptions | None = None, progress: Progress | None = None
+) -> Ran:
+    """Carry out a recipe and what is nested in it; intermediate results live beside the output while it runs.
+
+    Raises ``UsageProblem`` for an operation that no recipe can ask for, ``NotFound`` for inputs, and what the operations raise.
+    """
+    options = options or RunOptions()
+    if output is None and not options.dry_run:
+        raise UsageProblem("no output is named", hint="give -o OUT")
+    if sum(1 for _ in recipe.steps()) > 1 and _depth(recipe) > _DEEPEST:
+        raise UsageProblem(f"recipes inside recipes, {_depth(recipe)} deep; {_DEEPEST} are the limit")
+    beside = output.parent if output is not None else None
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".hubtool-steps-") as name:
+        inputs = [_made(one, at, Path(name), options) for at, one in enumerate(recipe.inputs)]
+        action = _action(recipe.operation)
+        result = action(recipe, inputs, output, options, progress)
+    sha256 = None if output is None or options.dry_run else fingerprint(output)
+    return Ran(recipe, output, sha256, result)
+
+
+def _depth(recipe: Recipe) -> int:
+    return 1 + max((_depth(one.recipe) for one in recipe.inputs if one.recipe is not None), default=0)
+
+
+def _action(operation: str) -> Callable[..., Any]:
+    try:
+        found: Callable[..., Any] = import_module(f"hubtool.actions.{operation}").run_recipe
+    except (ImportError, AttributeError):
+        raise UsageProblem(f"no recipe can ask for {operation!r}") from None
+    return found
+
+
+def _made(one: Input, at: int, folder: Path, options: RunOptions) -> Path:
+    """The path of an input; a nested recipe is run first, into a file of its own."""
+    if one.recipe is None:
+        return resolve(one, options)
+    suffix = "" if one.recipe.output.format in _FOLDER_FORMATS else ".safetensors"
+    path = folder / f"step-{at + 1}{suffix}"
+    run(one.recipe, path, replace(options, dry_run=False, force=False))
+    return path
+
+
+def read(source: str | os.PathLike[str], library: str | None = None) -> tuple[Recipe, Path]:
+    """(the recipe in a file, or the one that a hubtool output keeps; where it was found)."""
+    path = locate(source, library)
+    return recipes.read(path), path
+
+
+def check(source: Path, options: RunOptions | None = None, progress: Progress | None = None) -> Verdict:
+    """Run the recipe that ``source`` keeps (or is), and compare the result's SHA-256 with that of ``source`` (or what it says).
+
+    The result is written beside ``source`` and removed. Raises ``UsageProblem`` for a recipe that does not say what its result was.
+    """
+    options = options or RunOptions()
+    recipe, path = read(source, options.library)
+    plain = path.is_file() and path.suffix.lower() in (".json", ".yaml", ".yml")
+    expected = recipe.output.sha256 if plain else fingerprint(path)
+    if expected is None:
+        raise UsageProblem(
+            "the recipe does not say what its result was",
+            hint='add "output": {"sha256": ...}, or check the output itself',
+        )
+    here = options.folder or path.resolve().parent
+    with tempfile.TemporaryDirectory(dir=here, prefix=".hubtool-check-") as name:
+        output = Path(name) / (path.name if not plain else _name(recipe))
+        found = run(recipe, output, replace(options, folder=here, dry_run=False), progress)
+    return Verdict(path, expected, found.sha256 or "")
+
+
+def _name(recipe: Recipe) -> str:
+    kind = recipe.output.format
+    return "result" if kind in _FOLDER_FORMATS else "result.pt" if kind == "torch-zip" else "result.safetensors"

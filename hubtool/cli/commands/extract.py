@@ -1,0 +1,152 @@
+"""Turn the difference of two checkpoints into an adapter: LoRA, LoCon or full differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hubtool.actions import extract as actions
+from hubtool.actions.extract import Extracted, Options
+from hubtool.cli import output
+from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
+from hubtool.errors import UsageProblem
+from hubtool.ops.extract.request import DTYPES, KINDS, Request, parse_size
+from hubtool.ops.factor_space.budget import Budget
+
+_MOST = 5  # of a list that may have an entry for every module
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hubtool extract sd15.safetensors tuned.safetensors --rank 32 -o style.safetensors
+  hubtool extract base-folder/ tuned.ckpt --rank 32 --as lora -o style.safetensors
+  hubtool extract base.safetensors tuned.safetensors --error 0.2 -o style.safetensors
+  hubtool extract base.safetensors tuned.safetensors --budget 80MB -o style.safetensors
+  hubtool extract base.safetensors tuned.safetensors --as full -o difference.safetensors
+"""
+)
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("tuned", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (or folder, for layout peft)."
+)
+@click.option("--rank", type=click.IntRange(1), help="So many ranks in every module.")
+@click.option("--conv-rank", type=click.IntRange(1), help="Another rank for convolutions larger than 1x1.")
+@click.option("--energy", type=float, help="As few ranks as keep this share of ||dW||^2.")
+@click.option("--error", type=float, help="As few ranks as bring ||dW - out|| / ||dW|| down to this.")
+@click.option(
+    "--across",
+    is_flag=True,
+    help="Reach --rank (as an average), --energy or --error over the whole file, not in every module.",
+)
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    help="The best that fits into SIZE (80MB, 1.5GiB), ranks shared out over the whole file.",
+)
+@click.option(
+    "--max-rank", type=click.IntRange(1), help="No module gets more.  [default: 128, with --energy, --error, --budget]"
+)
+@click.option(
+    "--as", "kind", type=click.Choice(KINDS), default="locon", show_default=True,
+    help="lora: matrices and 1x1 convolutions; locon: all convolutions too; full: differences as they are.",
+)  # fmt: skip
+@click.option("--dense", is_flag=True, help="Norms and biases too, as full differences.")
+@click.option("--modules", multiple=True, metavar="GLOB", help="Only these: unet.* , *.attn2.*  (repeatable)")
+@click.option("--layout", default="kohya", show_default=True, help="Key layout (kohya, diffusers, comfy, peft ...).")
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="fp16", show_default=True, help="Of the output.")
+@click.option("--family", help="Family of both, where the files cannot tell.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the random directions a decomposition starts from."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@click.option("--workers", type=click.IntRange(1), help="Modules at a time; default: one for each processor.")
+@click.option("--allow-loss", is_flag=True, help="Write even what the layout cannot hold in full.")
+@force_option
+@dry_run_option
+@json_option
+@pass_state
+def command(state: State, /, base: Path, tuned: Path, out: Path | None, **asked: Any) -> None:
+    """Extract what TUNED has learnt beyond BASE: checkpoints in any container and layout, single file or diffusers folder.
+
+    Every module gets its best approximation by singular values; error, rank and what is left out are reported. Equal input gives equal
+    bytes.
+    """
+    if out is None and not asked["dry_run"]:
+        raise UsageProblem("no output is named", hint="give -o OUT, or --dry-run")
+    task = actions.prepare(base, tuned, _request(out, asked))
+    if asked["dry_run"] or out is None:
+        _preview(task.to_json(), asked["as_json"])
+        return
+    options = Options(asked["allow_loss"], asked["force"], state.library)
+    with output.progress(f"extracting {tuned.name}", task.total) as advance:
+        done = actions.extract(task, out, options, advance)
+    if asked["as_json"]:
+        output.print_json(done.to_json())
+    else:
+        _describe(done)
+
+
+def _request(out: Path | None, asked: dict[str, Any]) -> Request:
+    size = None if asked["budget"] is None else parse_size(asked["budget"])
+    limits = {name: asked[name] for name in ("rank", "energy", "error", "across", "max_rank")}
+    same = ("kind", "conv_rank", "dense", "modules", "layout", "dtype", "family", "seed", "device", "workers")
+    container = None if out is None else actions.format_of(out)
+    return Request(budget=Budget(size=size, **limits), format=container, **{name: asked[name] for name in same})
+
+
+def _preview(known: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.print_json(known)
+        return
+    output.show(
+        f"{known['family']}, layout {known['layout']}, at most {output.human_size(known['bytes_at_most'])} (dry run)"
+    )
+    for component, count in known["modules"].items():
+        output.show(f"  {component}: {count} modules to decompose")
+    if known["differences"]:
+        output.show(f"  {known['differences']} tensors as differences")
+    for reason, count in known["left_out"].items():
+        output.show(f"  left out: {count} tensors: {reason}")
+    for name in ("only_base", "only_tuned"):
+        if known[name]:
+            output.show(f"  {name.replace('_', ' in ')}: {known[name]} tensors")
+
+
+def _describe(done: Extracted) -> None:
+    report = done.report
+    output.show(f"{done.output}")
+    ranks = sorted({one.rank for one in report.modules})
+    spread = "-" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    size = output.human_size(done.size)
+    output.show(f"  {report.family}, layout {done.plan.layout}, {len(report.modules)} decomposed, {spread}, {size}")
+    if report.error is not None:
+        output.show(f"  error {report.error:.4f} of the change ({1 - report.error**2:.1%} of its energy kept)")
+    for line in _details(done):
+        output.show(f"  {line}")
+    if done.warning:
+        output.complain(done.warning, "warning")
+
+
+def _details(done: Extracted) -> Iterator[str]:
+    report = done.report
+    for name, one in report.components.items():
+        if one.changed or one.unchanged:
+            yield f"{name}: {one.changed} changed, {one.unchanged} unchanged"
+    if report.dense:
+        yield f"{len(report.dense)} tensors as differences"
+    for reason, names in report.left.items():
+        yield f"left out, though changed: {len(names)} tensors: {reason}"
+    for side, names in (("base", report.only_base), ("tuned", report.only_tuned)):
+        if names:
+            yield f"only in {side}: {len(names)} tensors, first {names[0]}"
+    if report.missed:
+        yield f"above the error asked for, at the most ranks allowed: {len(report.missed)} modules, first {report.missed[0]}"
+    notes = [f"note: {note}" for note in done.plan.notes]
+    yield from notes[:_MOST]
+    if len(notes) > _MOST:
+        yield f"note: {len(notes) - _MOST} more"

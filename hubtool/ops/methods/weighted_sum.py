@@ -1,0 +1,28 @@
+"""Weighted sum and average of the inputs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hubtool.ops.methods._mixing import added
+from hubtool.ops.methods._registry import method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    "weighted_sum", "Weighted sum", inputs=(1, None), base="none", linear=True, source="Wortsman et al. 2022 (arXiv 2203.05482)"
+)  # fmt: skip
+def weighted_sum(tensors: Sequence[Tensor], *, weights: Sequence[float], base: None = None) -> Tensor:
+    """w1 A + w2 B + ..., strengths as given."""
+    return added(tensors, weights)
+
+
+@method(
+    "n_average", "Average", inputs=(1, None), base="none", weights=False, source="Wortsman et al. 2022 (arXiv 2203.05482)"
+)  # fmt: skip
+def n_average(tensors: Sequence[Tensor], *, weights: Sequence[float], base: None = None) -> Tensor:
+    """(A + B + ...) / n, whatever the strengths."""
+    return added(tensors, [1.0] * len(tensors)) / len(tensors)
