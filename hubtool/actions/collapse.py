@@ -78,7 +78,7 @@ class Collapsed:
 
 
 def collapse(
-    base: str | Path,
+    base: str | Path | Input,
     adapters: Sequence[Input],
     output: str | Path | None,
     options: Options | None = None,
@@ -93,9 +93,10 @@ def collapse(
     options = options or Options()
     if output is None and not options.dry_run:
         raise UsageProblem("no output is named", hint="give -o OUT or --dry-run")
-    file = open_file(locate(base, options.library))
+    first = base if isinstance(base, Input) else Input(path=str(base))
+    file = open_file(locate(first.path or first.ref or "", options.library))
     paths, adapters = _adapters(file, adapters, options)
-    return _run(_Job(file, paths, tuple(adapters), None if output is None else Path(output), options), progress)
+    return _run(_Job(first, file, paths, tuple(adapters), None if output is None else Path(output), options), progress)
 
 
 def _adapters(file: TensorFile, adapters: Sequence[Input], options: Options) -> tuple[list[Path], Sequence[Input]]:
@@ -122,6 +123,7 @@ def kept_recipe(file: TensorFile) -> Recipe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    base: Input
     file: TensorFile
     paths: Sequence[Path]
     adapters: tuple[Input, ...]
@@ -137,7 +139,7 @@ class _Job:
 
     def recipe(self, made: Plan) -> Recipe:
         options = self.options
-        base = Input(path=str(self.file.path), role="base", family=options.family)
+        base = replace(self.base, path=str(self.file.path), ref=None, role="base", family=options.family)
         adapters = (
             replace(one, path=str(path), ref=None, role="adapter")
             for one, path in zip(self.adapters, self.paths, strict=True)
@@ -223,7 +225,7 @@ def run_recipe(
     roles = [one.role for one in recipe.inputs]
     at = roles.index("base") if "base" in roles else 0
     rest = [index for index in range(len(inputs)) if index != at]
-    adapters = [replace(recipe.inputs[index], path=str(inputs[index]), ref=None, recipe=None) for index in rest]
+    named = [replace(one, path=str(path), ref=None) for one, path in zip(recipe.inputs, inputs, strict=True)]
     own = Options(
         family=recipe.inputs[at].family,
         container=recipe.output.format if recipe.output.format in ("safetensors", "torch-zip") else None,
@@ -235,4 +237,4 @@ def run_recipe(
         device=options.device,
         workers=options.workers,
     )
-    return collapse(inputs[at], adapters, output, own, progress)
+    return collapse(named[at], [named[index] for index in rest], output, own, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from hubtool.layouts import index, tables, vocabulary
@@ -17,19 +17,19 @@ _STACK = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 Stem = tuple[str, tuple[str, ...], str]  # the prefix, the components it may mean, and the module as spelled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Module:
-    """A module as a file spells it. ``sizes``: (out, in * kh * kw) as far as the factors tell; None where they do not."""
+    """A module as a file spells it. ``out``, ``inner``: rows and in * kh * kw of its weight as far as the factors tell; None where they do not."""
 
     components: tuple[str, ...]
     stem: str
     out: int | None = None
     inner: int | None = None
     prefix: str = ""
+    key: Stem = field(init=False)
 
-    @property
-    def key(self) -> Stem:
-        return self.prefix, self.components, self.stem
+    def __post_init__(self) -> None:
+        self.key = self.prefix, self.components, self.stem  # asked for many times a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,9 @@ def _last_blocks(size: str) -> Mapping[str, int]:
 
 
 def _agrees(module: Module, place: Place, size: str) -> bool | None:
+    if place.op == "rename":
+        shape = vocabulary.model(size)[place.parts[0]].get("weight")
+        return None if shape is None or module.out is None else fits(module, shape)
     shapes = [vocabulary.model(size).get(part, {}).get("weight") for part in place.parts]
     if module.out is None or None in shapes:
         return None

@@ -203,7 +203,8 @@ def anonymous(recipe: Recipe, parents: Sequence[Parent]) -> Recipe:
 
 def _known(one: Input, parent: Parent) -> Input:
     if one.recipe is not None:
-        return replace(one, path=None, ref=None, sha256=None, name=None)
+        made = of_metadata(parent.metadata) or one.recipe
+        return replace(one, path=None, ref=None, sha256=None, name=None, recipe=made)
     return replace(one, path=None, ref=None, sha256=parent.sha256 or one.sha256, name=parent.name)
 
 

@@ -107,7 +107,7 @@ def closed(family: str, modules: Iterable[ModuleKey]) -> list[ModuleKey]:
 def write(adapter: Adapter, path: Path, layout: str, metadata: dict[str, str] | None = None) -> Path:
     """Write the adapter as a safetensors file in ``layout``."""
     emission = emit(adapter, layout)
-    assert not emission.losses, emission.losses
+    assert not emission.losses, emission.losses[:3]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, emission.tensors, {**emission.metadata, **(metadata or {})} or None)
     return path

@@ -174,7 +174,8 @@ def _difference(ref: TensorRef | None, other: TensorRef | None) -> tuple[int, fl
     import torch
 
     if ref is None or other is None or (other.dtype, other.shape) != (ref.dtype, ref.shape):
-        return max(numel((ref or other).shape) if ref or other else 0, 1), float("inf")
+        shapes = [one.shape for one in (ref, other) if one is not None]
+        return max(1, *map(numel, shapes)), float("inf")
     first, second = load(ref), load(other)
     unequal = (
         (_bits(first) != _bits(second)).reshape(numel(ref.shape), -1).any(1) if numel(ref.shape) else torch.empty(0)

@@ -88,8 +88,9 @@ class Blend:
         zero = torch.zeros_like(changes[0], dtype=torch.float32)
         every = [known.get(i, zero) for i in range(len(self.weights) + self.based)]
         inputs, base = (every[:-1], every[-1]) if self.based else (every, None)
-        given = {"weights": self.weights, "base": base, "key": self.name, "seed": self.seed}
-        return self.method.apply(inputs, **given, **self.parameters)
+        return self.method.apply(
+            inputs, weights=self.weights, base=base, key=self.name, seed=self.seed, **self.parameters
+        )
 
 
 def decomposed(tensors: Tensors, blend: Blend, most: int) -> Decomposed:
