@@ -11,7 +11,7 @@ import pytest
 from hubtool.formats import open_file
 from hubtool.layouts.claims import number, read_claims
 from hubtool.layouts.identify import identify
-from tests.support.kinds import flat, pickled
+from tests.support.tensor_files import flat, pickled
 
 TI = {"emb_params": (2, 768)}
 TOKEN = {"<cat>": (1, 768)}

@@ -190,8 +190,8 @@ def sha(path: Path) -> str:
 def test_db_path_upgrade_check_and_backup(scanned: Path, tmp_path: Path) -> None:
     place = Path(hubtool("db", "path").stdout.strip())
     assert place.is_file()
-    assert document("db", "upgrade", "--json") == {"before": "0001", "after": "0001"}
-    assert document("db", "check", "--json") == {"ok": True, "integrity": [], "foreign_keys": [], "schema": "0001"}
+    assert document("db", "upgrade", "--json") == {"before": "0002", "after": "0002"}
+    assert document("db", "check", "--json") == {"ok": True, "integrity": [], "foreign_keys": [], "schema": "0002"}
     copy = tmp_path / "copy.sqlite3"
     assert hubtool("db", "backup", copy).stdout.strip() == str(copy)
     assert len(document("--library", copy, "ls", "--json")) == 3
@@ -200,7 +200,7 @@ def test_db_path_upgrade_check_and_backup(scanned: Path, tmp_path: Path) -> None
 
 def test_db_upgrade_makes_a_library(tmp_path: Path) -> None:
     place = tmp_path / "sub" / "new.sqlite3"
-    assert document("--library", place, "db", "upgrade", "--json") == {"before": None, "after": "0001"}
+    assert document("--library", place, "db", "upgrade", "--json") == {"before": None, "after": "0002"}
     assert document("--library", place, "db", "check", "--json")["ok"]
 
 

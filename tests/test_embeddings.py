@@ -30,7 +30,7 @@ from hubtool.formats.torch_writer import write_torch_zip
 from hubtool.layouts.identify import identify
 from hubtool.tensors.expr import Expr, Read, sources
 from hubtool.tensors.ref import TensorRef
-from tests.support.kinds import flat, pickled, tensor
+from tests.support.tensor_files import flat, pickled, tensor
 
 
 def parsed(shapes: Mapping[str, tuple[int, ...]], scalars: Mapping[str, Any] | None = None) -> Parsed | None:

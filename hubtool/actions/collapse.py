@@ -110,6 +110,8 @@ def _adapters(file: TensorFile, adapters: Sequence[Input], options: Options) -> 
             "the checkpoint keeps no recipe of a collapse", path=file.path, hint="name the adapters and their strengths"
         )
     known = kept.by_role("adapter")
+    if not known:
+        raise NotFound("the recipe of this checkpoint names no adapter", path=file.path, hint="name the adapters and their strengths")
     where = RunOptions(library=options.library, folder=file.path.resolve().parent, search=options.search)
     return [resolve(one, where) for one in known], known
 

@@ -17,10 +17,11 @@ from hubtool.errors import ConversionError, FileMissing, NotFound, UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops import recipe as recipes
 from hubtool.ops.recipe import Input, Recipe
-from hubtool.tensors.hashing import hash_file
+from hubtool.tensors.reading import Sources, pread_into
 
 Progress = Callable[[int], None]
 _DEEPEST = 8
+_STEP = 16 << 20
 _FOLDER_FORMATS = ("diffusers-folder", "peft-folder")
 
 
@@ -91,10 +92,24 @@ class Hashes:
 def fingerprint(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of ``sha256  name`` lines of its weights files, by name."""
     if not path.is_dir():
-        return hash_file(path, ["sha256"])["sha256"]
+        return _sha256(path)
     names = {file.relative_to(path).as_posix(): file for file in open_file(path).files if file.suffix != ".json"}
-    lines = (f"{hash_file(file, ['sha256'])['sha256']}  {name}\n" for name, file in sorted(names.items()))
+    lines = (f"{_sha256(file)}  {name}\n" for name, file in sorted(names.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    """In large steps: between two of them a busy main thread may keep the interpreter for milliseconds."""
+    digest = hashlib.sha256()
+    with Sources() as sources:
+        fd = sources.fd(path)
+        size = os.fstat(fd).st_size
+        buffer = memoryview(bytearray(min(size, _STEP)))
+        for at in range(0, size, _STEP):
+            view = buffer[: min(_STEP, size - at)]
+            pread_into(fd, view, at, path)
+            digest.update(view)
+    return digest.hexdigest()
 
 
 def locate(text: str | os.PathLike[str], library: str | None = None) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hubtool.adapters import parts
-from hubtool.adapters.parts import Windows, require
+from hubtool.adapters.parts import Defaults, Windows, require
 from hubtool.adapters.weight_ops import ReshapeWeight, SwapHalves, TakeCols, TakeRows, Transpose, WeightOp
 from hubtool.errors import Unsupported
 from hubtool.tensors import expr as e
@@ -25,7 +25,7 @@ BIASES = ("diff_b", "b_norm")
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Defaults):
     """One module's full change. At most one of ``diff``, ``w_norm`` and ``set_weight`` is there; an alpha is kept and means nothing."""
 
     diff: Expr | None = None
@@ -46,18 +46,6 @@ class Dense:
     def weight(self) -> Expr | None:
         """The tensor that concerns the weight; None where only the bias changes."""
         return next((t for t in (self.diff, self.w_norm, self.set_weight) if t is not None), None)
-
-    @property
-    def rank(self) -> int | None:
-        return None
-
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def dora_scale(self) -> Expr | None:
-        return None
 
     @property
     def needs_base(self) -> bool:

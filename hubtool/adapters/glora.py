@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hubtool.adapters import parts
-from hubtool.adapters.parts import require
+from hubtool.adapters.parts import Defaults, require
 from hubtool.adapters.weight_ops import ReshapeWeight, SwapHalves, TakeCols, TakeRows, Transpose, WeightOp
 from hubtool.errors import ShapeMismatch, Unsupported
 from hubtool.tensors.dtypes import numel
@@ -23,7 +23,7 @@ ROLES = ("alpha", "a1", "a2", "b1", "b2", "bm", "diff_b")
 
 
 @dataclass(frozen=True, slots=True)
-class GLoRA:
+class GLoRA(Defaults):
     """One module's GLoRA change."""
 
     a1: Expr
@@ -72,10 +72,6 @@ class GLoRA:
     def weight_shape(self) -> Shape:
         left, right = self.b_pair
         return (left.shape[0], right.shape[1], *(right if self.bm is None else self.bm).shape[2:])
-
-    @property
-    def dora_scale(self) -> Expr | None:
-        return None
 
     @property
     def needs_base(self) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hubtool.adapters import parts
-from hubtool.adapters.parts import Windows, require
+from hubtool.adapters.parts import Defaults, Windows, require
 from hubtool.adapters.rotation import cayley, skew
 from hubtool.adapters.weight_ops import ReshapeWeight, SwapHalves, TakeCols, TakeRows, Transpose, WeightOp
 from hubtool.errors import ShapeMismatch, Unsupported
@@ -27,7 +27,7 @@ ROLES = ("alpha", "oft_R", "scaled_oft", "dora_scale", "initial_norm", "boft_R",
 
 
 @dataclass(frozen=True, slots=True)
-class InputRotation:
+class InputRotation(Defaults):
     """One module's rotation of inputs. ``terms``: length of the Neumann series, None for the exact transform. ``alpha`` means nothing."""
 
     oft_R: Expr | None = None  # noqa: N815 (PEFT's own name)
@@ -57,14 +57,6 @@ class InputRotation:
         blocks = self.oft_R if self.oft_R is not None else self.boft_R
         assert blocks is not None
         return blocks.shape[0] if self.oft_R is not None else blocks.shape[1]
-
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def weight_shape(self) -> None:
-        return None
 
     @property
     def needs_base(self) -> bool:

@@ -12,6 +12,37 @@ from hubtool.tensors.dtypes import numel
 from hubtool.tensors.expr import Expr
 from hubtool.types import Shape
 
+
+class Defaults:
+    """What kinds without factors, magnitude or scale answer; each overrides what it knows better."""
+
+    __slots__ = ()
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def dora_scale(self) -> Expr | None:
+        return None
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        return None
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        return None, None
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+
 Windows: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) pieces of an axis, in the order of the result
 
 

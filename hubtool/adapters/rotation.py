@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from hubtool.adapters import parts
-from hubtool.adapters.parts import Windows, require
+from hubtool.adapters.parts import Defaults, Windows, require
 from hubtool.adapters.weight_ops import ReshapeWeight, SwapHalves, TakeCols, TakeRows, Transpose, WeightOp
 from hubtool.errors import ShapeMismatch, Unsupported
 from hubtool.tensors.dtypes import numel
@@ -26,7 +26,7 @@ _TINY = 1e-8  # both trainers keep the norm this far from zero
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
+class Rotation(Defaults):
     """One module's rotation of rows. Exactly one of ``oft_blocks``, ``oft_diag`` (early LyCORIS) and ``oft_r`` (early PEFT) is there."""
 
     oft_blocks: Expr | None = None
@@ -62,10 +62,6 @@ class Rotation:
         return self.block_size if self.oft_r is None and self.flavour == "lycoris" else self.blocks.shape[-3]
 
     @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
     def constraint(self) -> float | None:
         """alpha where it limits the rotation; None where there is no limit, 0 where sd-scripts' limit leaves nothing."""
         if self.oft_blocks is None or self.alpha_value is None:
@@ -76,14 +72,6 @@ class Rotation:
     def constrained(self) -> bool:
         """Whether the effect of a block depends on the norm of all of them."""
         return bool(self.constraint)
-
-    @property
-    def dora_scale(self) -> Expr | None:
-        return None
-
-    @property
-    def weight_shape(self) -> None:
-        return None
 
     @property
     def needs_base(self) -> bool:

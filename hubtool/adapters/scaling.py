@@ -13,7 +13,7 @@ from typing import Any
 
 from hubtool.adapters import parts
 from hubtool.adapters.magnitude import Axis
-from hubtool.adapters.parts import Windows, require
+from hubtool.adapters.parts import Defaults, Windows, require
 from hubtool.adapters.weight_ops import ReshapeWeight, SwapHalves, TakeCols, TakeRows, Transpose, WeightOp
 from hubtool.errors import ShapeMismatch, Unsupported
 from hubtool.tensors.dtypes import numel
@@ -23,7 +23,7 @@ ROLES = ("alpha", "ia3", "on_input", "ia3_l")
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
+class Scaling(Defaults):
     """One module's IA3 vector: ``ia3`` with ``on_input`` (LyCORIS) or ``ia3_l`` (PEFT)."""
 
     ia3: Expr | None = None
@@ -35,22 +35,6 @@ class Scaling:
     @property
     def algorithm(self) -> str:
         return "ia3"
-
-    @property
-    def rank(self) -> int | None:
-        return None
-
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def dora_scale(self) -> Expr | None:
-        return None
-
-    @property
-    def weight_shape(self) -> None:
-        return None
 
     @property
     def needs_base(self) -> bool:

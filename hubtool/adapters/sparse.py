@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hubtool.adapters import parts
-from hubtool.adapters.parts import require
+from hubtool.adapters.parts import Defaults, require
 from hubtool.adapters.weight_ops import ReshapeWeight, WeightOp
 from hubtool.errors import CorruptFile, Unsupported
 from hubtool.tensors.dtypes import numel
@@ -22,7 +22,7 @@ _MOST = 1 << 32  # elements of the largest weight anyone adapts, and then some
 
 
 @dataclass(frozen=True, slots=True)
-class Sparse:
+class Sparse(Defaults):
     """A sparse change of one weight. It is a patch of its own where it stands alone, and a part of ``LowRank`` beside factors."""
 
     bias_indices: Expr
@@ -34,30 +34,6 @@ class Sparse:
     @property
     def algorithm(self) -> str:
         return "sparse"
-
-    @property
-    def rank(self) -> int | None:
-        return None
-
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def dora_scale(self) -> Expr | None:
-        return None
-
-    @property
-    def needs_base(self) -> bool:
-        return False
-
-    @property
-    def weight_shape(self) -> None:
-        return None
-
-    @property
-    def sizes(self) -> tuple[int | None, int | None]:
-        return None, None
 
     def roles(self) -> Iterator[tuple[str, Expr]]:
         return parts.roles(self, ROLES)

@@ -44,8 +44,21 @@ def plan(file: TensorFile, target: Target, *, config_from: Path | None = None) -
     if not checkpoint.weights:
         raise ConversionError("no tensor of this file belongs to a known component", path=file.path)
     wanted = _back_to(file) if asked == _ORIGIN else asked
-    if wanted != DIFFUSERS:
-        return checkpoint_single.plan(file, source, checkpoint, _form(source.pipeline, wanted, checkpoint))
+    return written(file, source, checkpoint, wanted, target, config_from=config_from)
+
+
+def written(
+    file: TensorFile,
+    source: Source,
+    checkpoint: Checkpoint,
+    layout: str,
+    target: Target,
+    *,
+    config_from: Path | None = None,
+) -> Plan:
+    """The plan that writes ``checkpoint``, whatever its tensors are by now, in a layout; ``source`` and ``file`` are where it came from."""
+    if layout != DIFFUSERS:
+        return checkpoint_single.plan(file, source, checkpoint, _form(source.pipeline, layout, checkpoint))
     if target.format is not None:
         return checkpoint_single.component(file, source, checkpoint)
     return checkpoint_folder.plan(file, source, checkpoint, config_from)

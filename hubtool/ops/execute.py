@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hubtool.errors import ConversionError, UsageProblem
 from hubtool.formats.base import TensorFile
@@ -18,6 +19,7 @@ from hubtool.tensors.ref import TensorRef
 from hubtool.tensors.writer import atomic_folder, rewrite_header_in_place, same_file, write_safetensors
 
 Progress = Callable[[int], None]
+Late = Callable[[bytes], bytes]
 
 
 def execute(
@@ -28,17 +30,19 @@ def execute(
     progress: Progress | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    late: Late | None = None,
 ) -> int:
     """Write the plan to ``output`` and return the bytes written. Raises ``WouldOverwrite``, ``FileError``, ``UsageProblem``.
 
-    ``workers`` and ``device`` are for tensors that have to be computed, see ``hubtool.tensors.parallel``.
+    ``workers`` and ``device`` are for tensors that have to be computed, see ``hubtool.tensors.parallel``; ``late`` completes the header (or
+    the documents of a folder) when the tensors are written, keeping its length.
     """
     if output.exists() and same_file(output, plan.source):
         raise UsageProblem("the output is the input", path=output, hint="choose another name, or --in-place")
     if type(plan) is not Plan:
-        return _execute_special(plan, output, force=force, progress=progress, workers=workers, device=device)
+        return _execute_special(plan, output, force, progress=progress, workers=workers, device=device, late=late)
     if plan.format == "peft-folder":
-        return _peft_folder(plan, output, workers, device)
+        return _peft_folder(plan, output, workers=workers, device=device, late=late)
     if plan.format == "torch-zip":
         from hubtool.formats.torch_writer import write_torch_zip
 
@@ -46,7 +50,7 @@ def execute(
         return write_torch_zip(output, tree, force=force, root=_root(output))
     return write(
         output, plan.tensors, dict(plan.metadata) or None,
-        force=force, header=plan.header, progress=progress, workers=workers, device=device,
+        force=force, header=plan.header, progress=progress, workers=workers, device=device, late=late,
     )  # fmt: skip
 
 
@@ -60,27 +64,27 @@ def write(
     progress: Progress | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    late: Late | None = None,
 ) -> int:
     """One safetensors file: copied in order where every tensor is bytes of files, else by several workers."""
-    if all(map(is_bytes, tensors.values())):
+    if late is None and all(map(is_bytes, tensors.values())):
         return write_safetensors(path, tensors, metadata, force=force, header=header, progress=progress)
     from hubtool.tensors.parallel import write_safetensors_parallel
 
     return write_safetensors_parallel(
-        path, tensors, metadata, force=force, header=header, progress=progress, workers=workers, device=device
-    )
+        path, tensors, metadata,
+        force=force, header=header, progress=progress, workers=workers, device=device, late=late,
+    )  # fmt: skip
 
 
-def _execute_special(
-    plan: Plan, output: Path, *, force: bool, progress: Progress | None, workers: int | None, device: str
-) -> int:
+def _execute_special(plan: Plan, output: Path, force: bool, **how: Any) -> int:
     """Plans that are more than one file of tensors; their modules are imported only here."""
     from hubtool.ops.artefacts._image import Restored
     from hubtool.ops.execute_folder import execute_folder
     from hubtool.ops.folder_plan import FolderPlan
 
     if isinstance(plan, FolderPlan):
-        return execute_folder(plan, output, progress=progress, workers=workers, device=device)
+        return execute_folder(plan, output, **how)
     assert isinstance(plan, Restored), type(plan)
     return plan.write(output, force=force)
 
@@ -93,12 +97,12 @@ def _root(output: Path) -> str:
     )
 
 
-def _peft_folder(plan: Plan, output: Path, workers: int | None, device: str) -> int:
+def _peft_folder(plan: Plan, output: Path, **how: Any) -> int:
     with atomic_folder(output) as part:
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (part / "adapter_config.json").write_text(text, encoding="utf-8")
         name = part / "adapter_model.safetensors"
-        return write(name, plan.tensors, dict(plan.metadata) or None, workers=workers, device=device)
+        return write(name, plan.tensors, dict(plan.metadata) or None, **how)
 
 
 def execute_in_place(plan: Plan, file: TensorFile) -> int:

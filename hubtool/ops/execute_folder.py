@@ -27,6 +27,7 @@ def execute_folder(
     shard: int = SHARD,
     workers: int | None = None,
     device: str = "cpu",
+    late: execute.Late | None = None,
 ) -> int:
     """Write the plan to the new folder ``output`` and return the bytes written.
 
@@ -38,7 +39,7 @@ def execute_folder(
         if plan.extras:
             total += write(part / EXTRAS, plan.extras)
         for name, text in plan.documents.items():
-            _place(part, name).write_bytes(text)
+            _place(part, name).write_bytes(text if late is None else late(text))
         for name, source in plan.copies.items():
             shutil.copyfile(source, _place(part, name))
     return total + sum(map(len, plan.documents.values()))

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
-from hubtool.registry import models
+from hubtool.registry import hub_models, models
 from hubtool.registry.columns import now
 
 
@@ -19,6 +19,9 @@ def merge(connection: Connection, source: int, target: int) -> None:
     connection.execute(update(models.finding).where(*of_place).values(artifact_id=target))
     adopt(connection, models.hash_, source, target, ("algo", "value", "origin"))
     adopt(connection, models.trigger_word, source, target, ("text", "source"))
+    adopt(connection, hub_models.hub_origin, source, target, ("endpoint", "repo", "path", "revision"))
+    published = hub_models.publication_file
+    connection.execute(update(published).where(published.c.artifact_id == source).values(artifact_id=target))
     _merge_entries(connection, source, target)
     connection.execute(delete(models.artifact).where(models.artifact.c.id == source))
 

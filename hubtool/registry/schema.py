@@ -11,11 +11,12 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from hubtool import resources
 from hubtool.errors import RegistryError, SchemaOutdated
-from hubtool.registry import settings
+from hubtool.registry import hub_models, settings
 from hubtool.registry.engine import outside_transaction, transaction
 
-HEAD = "0001"
+HEAD = "0002"
 KEEP_BACKUPS = 3
+METADATA = hub_models.hub_origin.metadata  # every table: importing hub_models adds its own to those of models
 
 
 @dataclass(frozen=True, slots=True)

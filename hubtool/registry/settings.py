@@ -15,7 +15,7 @@ from pathlib import Path
 from hubtool.errors import LibraryLocked, RegistryError, SchemaOutdated
 
 APPLICATION_ID = 0x48754254  # "HuBT", in the header of every library file
-SCHEMA_VERSION = 1  # PRAGMA user_version: the number of migrations applied
+SCHEMA_VERSION = 2  # PRAGMA user_version: the number of migrations applied
 BUSY_MS = 15_000
 _WAL_SAFE = (3, 51, 3)  # earlier releases can lose a WAL reset (spec/security.md 7)
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs"})

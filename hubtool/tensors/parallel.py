@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubtool.errors import BadValues, ShapeMismatch
+from hubtool.errors import BadValues, FileError, ShapeMismatch
 from hubtool.tensors import header as headers
 from hubtool.tensors.atomic import PAGE, Output, atomic_file
 from hubtool.tensors.dtypes import numel
-from hubtool.tensors.evaluate import Context, Piece, Range, coalesce, compute, is_bytes, joints, pieces
-from hubtool.tensors.expr import Compute, Expr, Joint, size, sources
+from hubtool.tensors.evaluate import Context, Piece, Range, chunks, coalesce, compute, is_bytes, joints, pieces
+from hubtool.tensors.expr import Compute, Concat, Expr, Joint, Reshape, inner, size, sources
 from hubtool.tensors.reading import Sources, pread_into
 from hubtool.tensors.tiles import Bench, tiled, tiles
 from hubtool.tensors.writer import head
@@ -66,11 +66,13 @@ def write_safetensors_parallel(
     workers: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    late: Callable[[bytes], bytes] | None = None,
 ) -> int:
     """Write ``tensors`` in mapping order, atomically, and return the bytes of the file; ``header`` as in ``write_safetensors``.
 
     ``workers``: threads, by default one for each processor that may be used. ``device``: where tensors are computed (``cpu``, ``cuda``).
-    ``progress`` is called with the bytes just written, from any thread, one call at a time. Raises ``WouldOverwrite``, ``FileError``,
+    ``progress`` is called with the bytes just written, from any thread, one call at a time. ``late`` is given the header once the tensors
+    are written, and returns the one that counts, of the same length: for hashes that are taken meanwhile. Raises ``WouldOverwrite``, ``FileError``,
     ``BadValues`` and what evaluating raises; then nothing was written.
     """
     header, order = head(path, tensors, metadata, header)
@@ -81,8 +83,15 @@ def write_safetensors_parallel(
         crew = _Crew(_jobs(placed), _Target(output, progress), device)
         with _unchanged(placed), _single_threaded():
             crew.run(workers or len(os.sched_getaffinity(0)))
+        if late is not None:
+            _replace_header(output.fd, header, late(header), path)
         headers.read(output.fd, total, path)
     return total
+
+
+def _replace_header(fd: int, before: bytes, after: bytes, path: Path) -> None:
+    if len(after) != len(before) or os.pwrite(fd, after, 8) != len(after):
+        raise FileError("the header could not be completed", path=path)
 
 
 def _placed(order: Iterable[str], tensors: Mapping[str, Expr], start: int) -> Iterator[_Placed]:
@@ -130,16 +139,22 @@ def _groups(placed: Iterable[_Placed]) -> Iterator[tuple[_Placed, ...]]:
 
 def _memory(group: Sequence[_Placed]) -> int:
     """An estimate: stored bytes and an fp32 copy of each source, the result in fp32 and a temporary of its size."""
-    if len(group) == 1 and tiled(group[0].expr) and all(map(is_bytes, _sources_of(group[0].expr))):
-        return 0
-    refs = {(ref.path, ref.start, ref.end): ref for one in group for ref in sources(one.expr)}
+    whole = [expr for one in group for expr in _whole(one.expr)]
+    refs = {(ref.path, ref.start, ref.end): ref for expr in whole for ref in sources(expr)}
     held = sum(ref.nbytes + 4 * numel(ref.shape) for ref in refs.values())
-    return held + sum(8 * numel(one.expr.shape) for one in group)
+    return held + sum(8 * numel(expr.shape) for expr in whole)
 
 
-def _sources_of(expr: Expr) -> tuple[Expr, ...]:
-    assert isinstance(expr, Compute)
-    return expr.sources
+def _whole(expr: Expr) -> Iterator[Expr]:
+    """The parts of an expression that are computed in one piece."""
+    match expr:
+        case Compute() if tiled(expr):
+            yield from (source for source in expr.sources if not is_bytes(source))
+        case Reshape() | Concat(axis=0):
+            for part in inner(expr):
+                yield from _whole(part)
+        case _ if not is_bytes(expr):
+            yield expr
 
 
 class _Target:
@@ -319,11 +334,25 @@ class _Buffer:
         self._start += count
 
 
-def _computed(expr: Expr, bench: Bench, context: Context) -> Iterator[tuple[int, memoryview]]:
-    if isinstance(expr, Compute) and tiled(expr):
-        yield from tiles(expr, bench)
-    elif numel(expr.shape):
-        yield 0, _view(compute(expr, context))
+def _computed(expr: Expr, bench: Bench, context: Context) -> Iterator[tuple[int, bytes | memoryview]]:
+    """The bytes of an expression in pieces: offset, bytes; a view is valid until the next one is asked for."""
+    match expr:
+        case Compute() if tiled(expr):
+            yield from tiles(expr, bench)
+        case Reshape(source=source):
+            yield from _computed(source, bench, context)
+        case Concat(parts=parts, axis=axis) if numel(parts[0].shape[:axis]) == 1:
+            start = 0
+            for part in parts:
+                yield from ((start + offset, data) for offset, data in _computed(part, bench, context))
+                start += size(part)
+        case _ if is_bytes(expr):
+            offset = 0
+            for data in chunks(expr, bench.sources):
+                yield offset, data
+                offset += len(data)
+        case _ if numel(expr.shape):
+            yield 0, _view(compute(expr, context))
 
 
 def _view(tensor: Any) -> memoryview:

@@ -13,22 +13,6 @@ from hubtool.adapters.weight_ops import ReshapeWeight, SwapHalves, TakeCols, Tak
 from hubtool.tensors.expr import Literal
 from hubtool.types import Shape
 from tests.support.adapters import scalar, values
-from tests.support.tensor_files import base_lists, flat, pickled, signature, tensor
-
-__all__ = [
-    "CASES",
-    "CONV",
-    "IN",
-    "LINEAR",
-    "OUT",
-    "apply",
-    "base",
-    "base_lists",
-    "flat",
-    "pickled",
-    "signature",
-    "tensor",
-]
 
 OUT, IN, K = 16, 8, (3, 3)
 LINEAR: Shape = (OUT, IN)

@@ -59,6 +59,11 @@ class Blend:
     def combines(self) -> bool:
         return combines(self.method)
 
+    @property
+    def stays_low(self) -> bool:
+        """Whether the result has no more ranks than the inputs together."""
+        return self.combines or self.space != "dense"
+
     def terms(self, tensors: Tensors) -> list[Term]:
         """(up, down, scale) of every present change."""
         factors = [tensor.float() for tensor in tensors]

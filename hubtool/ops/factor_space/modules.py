@@ -69,7 +69,8 @@ class Slot:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One module on its way. ``factors``: what is blended; without them ``done`` is the patch already. ``natural``: the rank that loses
-    nothing; ``company``: a magnitude and changes of the bias that go with the result. ``how``: see ``report.Module``."""
+    nothing; ``usual``: the rank where none is asked for; ``company``: a magnitude and changes of the bias that go with the result.
+    ``how``: see ``report.Module``."""
 
     slot: Slot
     how: str
@@ -78,6 +79,7 @@ class Job:
     factors: tuple[Factors, ...] = ()
     blend: Blend | None = None
     natural: int = 0
+    usual: int = 0
     dtype: str = "F32"
     company: Mapping[str, Expr] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -141,9 +143,10 @@ def _blended(
         seed=asked.seed,
         tensors=tuple(next((ref.name for ref in sources(tensor)), "a factor") for tensor in tensors),
     )
-    natural = min(sum(one.rank for one in factors.values()), *terms.numbers(shape))
+    usual = min(sum(one.rank for one in factors.values()), *terms.numbers(shape))
+    natural = usual if blend.stays_low else min(terms.numbers(shape))
     dtype = asked.dtype or widest(tensor.dtype for tensor in tensors)
-    return Job(slot, "exact", None, shape, tuple(factors.values()), blend, natural, dtype, company)
+    return Job(slot, "exact", None, shape, tuple(factors.values()), blend, natural, usual, dtype, company)
 
 
 def widest(dtypes: Iterable[str]) -> str:
@@ -202,4 +205,5 @@ def finished(job: Job, rank: int, asked: Asked) -> LowRank:
     assert job.blend is not None
     scale = 1.0 if asked.alpha is None else asked.alpha / rank
     up, down = merged(job.factors, job.blend, Written(rank, job.shape, job.dtype, scale, asked.report))
-    return LowRank(up, down, alpha_value=scale * rank, **job.company)
+    bias, magnitude = job.company.get("diff_b"), job.company.get("dora_scale")
+    return LowRank(up, down, alpha_value=scale * rank, dora_scale=magnitude, diff_b=bias)

@@ -145,6 +145,11 @@ def _times(tensor: Any, *, factor: float) -> Any:
     return tensor * factor
 
 
+def cast(tensor: Expr, dtype: str) -> Expr:
+    """The tensor rounded once to another dtype; a value that overflows is refused when it is met."""
+    return Compute(_times, (tensor,), tensor.shape, dtype, (("factor", 1.0),))
+
+
 def summed(addends: list[tuple[float, Expr]], shape: Shape, dtype: str) -> Expr:
     """The weighted sum of tensors of one size, in fp32 with one rounding."""
     factors = tuple(factor for factor, _ in addends)

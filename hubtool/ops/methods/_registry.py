@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Base = Literal["none", "optional", "required"]
 Tiling = Literal["elements", "rows"]
+Weights = Literal["none", "shares", "others", "each"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,9 @@ class Method:
 
     ``inputs``: fewest and most (None: any number), the base not counted. ``base``: whether the inputs are taken as changes of a base;
     without one (``base=None`` in ``apply``) the tensors given *are* changes, and so is the result. ``tiling``: which elements of the
-    inputs one output element depends on, apart from what ``survey`` finds out about the whole tensor beforehand. ``weights``: whether
-    strengths mean anything to it. ``source``: where the formula is from.
+    inputs one output element depends on, apart from what ``survey`` finds out about the whole tensor beforehand. ``weights``: what
+    strengths are: nothing, ``shares`` of one whole, for the ``others`` (the first input is the one that is changed), or for ``each``
+    change. ``linear``: an input of strength 0 has no part in the result. ``source``: where the formula is from.
     """
 
     id: str
@@ -71,7 +73,7 @@ class Method:
     function: Callable[..., Any] = field(repr=False)
     parameters: Mapping[str, Parameter] = field(default_factory=lambda: MappingProxyType({}))
     tiling: Tiling = "elements"
-    weights: bool = True
+    weights: Weights = "each"
     random: bool = False
     linear: bool = False
     survey: Callable[..., Any] | None = field(default=None, repr=False)

@@ -51,14 +51,23 @@ def _mixed(tensors: Sequence[Tensor], weights: Sequence[float], cosine: Tensor) 
     return first + (second - first) * (1 - (cosine - t).clamp(0, 1))
 
 
-@method("cosine_a", "Cosine, columns", inputs=(2, 2), base="none", tiling="rows", survey=survey_a, source=_SOURCE)
+@method(
+    "cosine_a",
+    "Cosine, columns",
+    inputs=(2, 2),
+    base="none",
+    weights="shares",
+    tiling="rows",
+    survey=survey_a,
+    source=_SOURCE,
+)
 def cosine_a(tensors: Sequence[Tensor], *, weights: Sequence[float], state: Tensor, base: None = None) -> Tensor:
     """B where the columns differ, A where they agree more than t = w2 / (w1 + w2)."""
     return _mixed(tensors, weights, state)
 
 
 @method(
-    "cosine_b", "Cosine, columns and whole", inputs=(2, 2), base="none", tiling="rows", survey=survey_b, source=_SOURCE
+    "cosine_b", "Cosine, columns and whole", inputs=(2, 2), base="none", weights="shares", tiling="rows", survey=survey_b, source=_SOURCE
 )  # fmt: skip
 def cosine_b(tensors: Sequence[Tensor], *, weights: Sequence[float], state: Tensor, base: None = None) -> Tensor:
     """As ``cosine_a``, with the mean of the columns' cosine and that of the whole tensors."""

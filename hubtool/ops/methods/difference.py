@@ -25,7 +25,7 @@ def task_arithmetic(
 
 
 @method(
-    "add_difference", "Add difference", inputs=(2, None), base="required", linear=True,
+    "add_difference", "Add difference", inputs=(2, None), base="required", weights="others", linear=True,
     source="AUTOMATIC1111 checkpoint merger",
 )  # fmt: skip
 def add_difference(tensors: Sequence[Tensor], *, weights: Sequence[float], base: Tensor | None = None) -> Tensor:
@@ -33,7 +33,15 @@ def add_difference(tensors: Sequence[Tensor], *, weights: Sequence[float], base:
     return tensors[0] + added(changes(tensors[1:], base), weights[1:])
 
 
-@method("subtract", "Subtract", inputs=(2, None), base="required", linear=True, source="arXiv 2212.04089 (negation)")
+@method(
+    "subtract",
+    "Subtract",
+    inputs=(2, None),
+    base="required",
+    weights="others",
+    linear=True,
+    source="arXiv 2212.04089 (negation)",
+)
 def subtract(tensors: Sequence[Tensor], *, weights: Sequence[float], base: Tensor | None = None) -> Tensor:
     """A - w2 (B - base) - ...: takes away what the others learned; the first input's own strength does not count."""
     return tensors[0] - added(changes(tensors[1:], base), weights[1:])

@@ -52,7 +52,7 @@ def survey(tiles: Tiles, *, weights: Sequence[float], steps: float, **_: Any) ->
 
 
 @method(
-    "geometric_median", "Geometric median", inputs=(2, None), base="none", survey=survey, source="Weiszfeld 1937; arXiv 1912.13445",
+    "geometric_median", "Geometric median", inputs=(2, None), base="none", weights="shares", survey=survey, source="Weiszfeld 1937; arXiv 1912.13445",
     parameters={"steps": Parameter(100, "iterations at most", 1, 10_000)},
 )  # fmt: skip
 def geometric_median(

@@ -32,7 +32,7 @@ def survey(tiles: Tiles, **_: Any) -> list[float]:
 
 
 @method(
-    "model_stock", "Model stock", inputs=(2, None), base="required", survey=survey, weights=False, source="arXiv 2403.19522"
+    "model_stock", "Model stock", inputs=(2, None), base="required", survey=survey, weights="none", source="arXiv 2403.19522"
 )  # fmt: skip
 def model_stock(
     tensors: Sequence[Tensor], *, weights: Sequence[float], state: list[float], base: Tensor | None = None

@@ -38,7 +38,13 @@ def survey(tiles: Tiles, *, weights: Sequence[float], **_: Any) -> list[float]:
 
 
 @method(
-    "slerp", "Spherical interpolation", inputs=(2, 2), base="optional", survey=survey, source="Shoemake 1985; sd-mecha"
+    "slerp",
+    "Spherical interpolation",
+    inputs=(2, 2),
+    base="optional",
+    weights="shares",
+    survey=survey,
+    source="Shoemake 1985; sd-mecha",
 )
 def slerp(
     tensors: Sequence[Tensor], *, weights: Sequence[float], state: list[float], base: Tensor | None = None

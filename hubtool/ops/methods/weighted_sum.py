@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @method(
-    "weighted_sum", "Weighted sum", inputs=(1, None), base="none", linear=True, source="Wortsman et al. 2022 (arXiv 2203.05482)"
+    "weighted_sum", "Weighted sum", inputs=(1, None), base="none", weights="shares", linear=True, source="Wortsman et al. 2022 (arXiv 2203.05482)"
 )  # fmt: skip
 def weighted_sum(tensors: Sequence[Tensor], *, weights: Sequence[float], base: None = None) -> Tensor:
     """w1 A + w2 B + ..., strengths as given."""
@@ -21,7 +21,7 @@ def weighted_sum(tensors: Sequence[Tensor], *, weights: Sequence[float], base: N
 
 
 @method(
-    "n_average", "Average", inputs=(1, None), base="none", weights=False, source="Wortsman et al. 2022 (arXiv 2203.05482)"
+    "n_average", "Average", inputs=(1, None), base="none", weights="none", source="Wortsman et al. 2022 (arXiv 2203.05482)"
 )  # fmt: skip
 def n_average(tensors: Sequence[Tensor], *, weights: Sequence[float], base: None = None) -> Tensor:
     """(A + B + ...) / n, whatever the strengths."""

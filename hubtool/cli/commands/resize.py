@@ -1,0 +1,117 @@
+"""Give an adapter other ranks: a number, a share of its energy, an error, or what fits into a size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hubtool.actions.resize import Options, Resized, resize
+from hubtool.cli import output
+from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
+from hubtool.ops.extract.request import DTYPES, parse_size
+from hubtool.ops.factor_space.budget import Budget
+from hubtool.ops.merge_adapters import Request
+
+_MOST = 5  # of a list that may have an entry for every module
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hubtool resize style.safetensors --rank 32 -o small.safetensors
+  hubtool resize style.safetensors --rank 32 --across -o small.safetensors
+  hubtool resize style.safetensors --error 0.05 -o small.safetensors
+  hubtool resize style.safetensors --energy 0.99 --max-rank 64 -o small.safetensors
+  hubtool resize style.safetensors --budget 40MB --dtype fp16 -o small.safetensors
+"""
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (or folder, for layout peft)."
+)
+@click.option("--rank", type=click.IntRange(1), help="At most so many ranks in every module.")
+@click.option("--energy", type=float, help="As few ranks as keep this share of ||dW||^2.")
+@click.option("--error", type=float, help="As few ranks as keep ||dW - out|| / ||dW|| below this.")
+@click.option(
+    "--across",
+    is_flag=True,
+    help="Reach --rank (as an average), --energy or --error over the whole file, not in every module.",
+)
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    help="The best that fits into SIZE (80MB, 1.5GiB), ranks shared out over the whole file.",
+)
+@click.option("--max-rank", type=click.IntRange(1), help="No module gets more.")
+@click.option("--alpha", type=float, help="Alpha of every module.  [default: its rank]")
+@click.option("--layout", help="Key layout (kohya, diffusers, comfy, peft ...).  [default: the input's]")
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Of the output.  [default: the input's]")
+@click.option("--family", help="Family of the base, where the file cannot tell.")
+@click.option("--component", help="Only this component (unet, text_encoder ...).")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@click.option("--workers", type=click.IntRange(1), help="Modules at a time; default: one for each processor.")
+@click.option("--allow-loss", is_flag=True, help="Write even what the layout cannot hold in full.")
+@force_option
+@dry_run_option
+@json_option
+@pass_state
+def command(state: State, /, source: Path, out: Path | None, **asked: Any) -> None:
+    """Resize SOURCE: every module becomes the best approximation of itself that its ranks allow.
+
+    Convolutions and Tucker cores included; a LoHa or LoKr becomes a LoRA. The error is reported for every module and in total. Equal input
+    gives equal bytes.
+    """
+    options = Options(asked["allow_loss"], asked["force"], asked["dry_run"], state.library, asked["device"])
+    with output.progress(f"resizing {source.name}") as advance:
+        done = resize(source, out, _request(asked), options, advance)
+    if asked["as_json"]:
+        output.print_json(done.to_json())
+    else:
+        _describe(done)
+
+
+def _request(asked: dict[str, Any]) -> Request:
+    size = None if asked["budget"] is None else parse_size(asked["budget"])
+    limits = {name: asked[name] for name in ("rank", "energy", "error", "across", "max_rank")}
+    same = {name: asked[name] for name in ("alpha", "layout", "dtype", "family", "component", "workers")}
+    return Request(budget=Budget(size=size, **limits), **same)
+
+
+def _describe(done: Resized) -> None:
+    report, size = done.report, output.human_size(done.size)
+    output.show(f"{done.plan.source} -> {done.output or '(dry run)'}")
+    before = _span(sorted({rank for one in report.modules.values() for rank in one.ranks if rank}))
+    after = _span(sorted({one.rank for one in report.modules.values() if one.rank is not None}))
+    output.show(f"  layout {done.plan.layout}, {len(report.modules)} modules, rank {before} -> {after}, {size}")
+    for line in _details(done):
+        output.show(f"  {line}")
+    if done.warning:
+        output.complain(done.warning, "warning")
+
+
+def _details(done: Resized) -> Iterator[str]:
+    report = done.report
+    if report.error is not None:
+        errors = report.errors()
+        worst = max(errors, key=lambda name: errors[name])
+        yield f"error {report.error:.4f} of the change ({1 - report.error**2:.1%} of its energy kept)"
+        yield f"worst: {worst}, {errors[worst]:.4f}"
+    copied = sum(one.how == "copied" for one in report.modules.values())
+    if copied:
+        yield f"{copied} modules copied as they are"
+    if report.dropped:
+        yield f"left out, without a rank: {len(report.dropped)} modules, first {report.dropped[0]}"
+    lines = [f"loss: {loss.what}: {loss.reason}" for loss in done.plan.losses]
+    lines += [f"note: {note}" for note in done.plan.notes]
+    yield from lines[:_MOST]
+    if len(lines) > _MOST:
+        yield f"{len(lines) - _MOST} more losses and notes"
+
+
+def _span(ranks: list[int]) -> str:
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
