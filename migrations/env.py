@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from alembic import context
 
-from hubtool.registry.models import metadata
+from hubtool.registry.schema import METADATA
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=metadata,
+    target_metadata=METADATA,
     render_as_batch=True,  # SQLite alters tables by copying them
     transactional_ddl=True,
 )

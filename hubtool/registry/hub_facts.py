@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hubtool.registry.records import Reader
@@ -106,7 +106,7 @@ class Answer:
 
 _ORIGIN = "endpoint, repo, path, commit_id, how, revision, sha256, etag, size, at, artifact_id"
 _CARD = "endpoint, repo, commit_id, license, license_name, license_link, base_models, relation, trigger_words, raw, at"
-_RECEIPT = "id, endpoint, repo, commit_id, revision, parent_commit, pull_request, card, card_sha256, at"
+_RECEIPT = "id, endpoint, repo, commit_id, NULL, revision, parent_commit, pull_request, card, card_sha256, at"
 
 
 def origins(reader: Reader, *, artifact: int | None = None, repo: str | None = None) -> list[Origin]:
@@ -123,10 +123,15 @@ def card(reader: Reader, endpoint: str, repo: str) -> Card | None:
     """What the card of a repository said when it was last read."""
     sql = f"SELECT {_CARD} FROM hub_card WHERE endpoint = :endpoint AND repo = :repo"
     rows = reader.rows(sql, {"endpoint": endpoint, "repo": repo})
-    return next((Card(*row[:6], _words(row[6]), row[7], _words(row[8]), *row[9:]) for row in rows), None)
+    return _card(*rows[0]) if rows else None
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _card(*values: Any) -> Card:
+    found = Card(*values)
+    return replace(found, base_models=_words(found.base_models), trigger_words=_words(found.trigger_words))
+
+
+def _words(text: Any) -> tuple[str, ...]:
     return tuple(json.loads(text))
 
 
@@ -150,7 +155,7 @@ def last_receipt(reader: Reader, endpoint: str, repo: str, revision: str | None 
 def _receipt(reader: Reader, row: tuple[Any, ...]) -> Receipt:
     sql = "SELECT path, sha256, size, etag, artifact_id FROM publication_file WHERE publication_id = :id ORDER BY path"
     files = tuple(PublishedFile(*found) for found in reader.rows(sql, {"id": row[0]}))
-    return Receipt(*row[1:4], files, *row[4:])
+    return replace(Receipt(*row[1:]), files=files)
 
 
 def artifacts_by_sha256(reader: Reader, digests: Iterable[str]) -> dict[str, int]:
@@ -162,8 +167,8 @@ def artifacts_by_sha256(reader: Reader, digests: Iterable[str]) -> dict[str, int
 def answers(reader: Reader, digests: Iterable[str]) -> dict[str, Answer]:
     """What Civitai answered to these SHA256 digests, expired answers included."""
     sql = "SELECT sha256, source, status, body, fetched_at, expires_at FROM civitai_answer WHERE sha256 IN"
-    found = (Answer(*row[:3], _inflated(row[3]), *row[4:]) for row in _named(reader, sql, list(digests)))
-    return {answer.sha256: answer for answer in found}
+    found = (Answer(*row) for row in _named(reader, sql, list(digests)))
+    return {answer.sha256: replace(answer, body=_inflated(answer.body)) for answer in found}
 
 
 def _inflated(body: bytes | None) -> bytes | None:

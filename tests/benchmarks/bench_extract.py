@@ -45,13 +45,14 @@ def main() -> None:
 def measured(base: Path, tuned: Path, folder: Path, kind: str) -> dict[str, Any]:
     """Times of the command and of full SVDs over the same modules."""
     out, found = folder / f"{kind}.safetensors", folder / "report.json"
-    words = ["extract", base, tuned, "-o", out, "--rank", str(RANK), "--as", kind, "--force"]
+    words: list[str | Path] = ["extract", base, tuned, "-o", out, "--rank", str(RANK), "--as", kind, "--force"]
     runs = [run([sys.executable, "-m", "hubtool", *words]) for _ in range(ROUNDS)]
     program = "import sys; sys.stdout = open(sys.argv.pop(1), 'w'); from hubtool.cli.main import main; main()"
     run([sys.executable, "-c", program, found, *words, "--json"])
     errors = {one["module"]: one["error"] for one in json.loads(found.read_text())["modules"]}
     first, second = side(open_file(base)), side(open_file(tuned))
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     units = sort(pair(first, second), Request(kind=kind, budget=Budget(rank=RANK))).units
     full = full_svd(units, kind == "locon")
     seconds = sorted(one.seconds for one in runs)[ROUNDS // 2]

@@ -119,7 +119,7 @@ def point(
 ) -> None:
     """Point this process and its children at an endpoint. huggingface_hub read the environment when it was imported."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import _xet, close_session
+    from huggingface_hub.utils import _http, _xet, close_session
 
     home.mkdir(parents=True, exist_ok=True)
     variables = {
@@ -131,6 +131,8 @@ def point(
         if hasattr(constants, name):
             monkeypatch.setattr(constants, name, str(value))
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(url)}))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

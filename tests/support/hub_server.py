@@ -1,11 +1,11 @@
-#!/usr/bin/env python3
+# ruff: noqa: B904, BLE001, C901, N815, PERF401, PLR0912, PLR0915, PLR0917, PLW2901, SIM115, UP031  (one file, terse on purpose)
 """An offline stand-in for the Hugging Face Hub: enough of its HTTP protocol for huggingface_hub 2.4 and the `hf`
 CLI to create repos, commit, open and merge PRs, list, download, range-read and xet-upload, plus faults on demand.
 
 Standard library only (PyYAML is used for README metadata when importable, `lz4` to unpack xet chunks quickly).
 Written from huggingface_hub's client source, the public Hub docs and the public Xet protocol specification.
 
-    python server.py --port 8089 --data hubdata
+    python tests/support/hub_server.py --port 8089 --data hubdata
     HF_ENDPOINT=http://127.0.0.1:8089 HF_TOKEN=hf_testtoken hf upload tester/my-lora ./folder .
 
 In-process:   with Hub(data_dir) as hub:  HfApi(endpoint=hub.url, token="hf_testtoken")...; hub.fault(...); hub.log()
@@ -220,6 +220,11 @@ def tree_ids(files):
     return out
 
 
+def slice_of(file, a, b):
+    with open(file, "rb") as h:
+        return h.read()[a:b]
+
+
 def front_matter(text):
     m = re.match(r"^\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.S)
     return m.group(1) if m else None
@@ -234,7 +239,8 @@ class Store:
         self.repos, self.moved, self.xet = {}, {}, {"files": {}, "by_sha": {}, "xorbs": {}}
         f = os.path.join(root, "state.json")
         if os.path.exists(f):
-            s = json.load(open(f))
+            with open(f) as h:
+                s = json.load(h)
             self.repos = {tuple(k.split(":", 1)): v for k, v in s["repos"].items()}
             self.moved = {tuple(k.split(":", 1)): v for k, v in s["moved"].items()}
             self.xet = s["xet"]
@@ -654,7 +660,7 @@ class Handler(BaseHTTPRequestHandler):
         if k == "set_headers":
             h.update(f["headers"])
         if k == "gzip" and self.command == "GET" and status in (200, 206):
-            data = body if file is None else open(file, "rb").read()[a:b]
+            data = body if file is None else slice_of(file, a, b)
             h.pop("Accept-Ranges", None)
             body, file, a, b = gzip.compress(data), None, 0, 0
             b = length = len(body)

@@ -62,7 +62,8 @@ class Method:
     without one (``base=None`` in ``apply``) the tensors given *are* changes, and so is the result. ``tiling``: which elements of the
     inputs one output element depends on, apart from what ``survey`` finds out about the whole tensor beforehand. ``weights``: what
     strengths are: nothing, ``shares`` of one whole, for the ``others`` (the first input is the one that is changed), or for ``each``
-    change. ``linear``: an input of strength 0 has no part in the result. ``source``: where the formula is from.
+    change. ``linear``: the result is a sum of inputs and base times numbers that
+    the strengths decide. ``source``: where the formula is from.
     """
 
     id: str

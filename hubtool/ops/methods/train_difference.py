@@ -14,7 +14,7 @@ _GAIN = 1.8  # the original's
 
 
 @method(
-    "train_difference", "Train difference", inputs=(2, 2), base="required", weights="others", linear=True,
+    "train_difference", "Train difference", inputs=(2, 2), base="required", weights="others",
     source="sd-webui-supermerger (trainDifference), sd-mecha train_difference_mask",
 )  # fmt: skip
 def train_difference(tensors: Sequence[Tensor], *, weights: Sequence[float], base: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ def weighted_sum(tensors: Sequence[Tensor], *, weights: Sequence[float], base: N
 
 
 @method(
-    "n_average", "Average", inputs=(1, None), base="none", weights="none", source="Wortsman et al. 2022 (arXiv 2203.05482)"
+    "n_average", "Average", inputs=(1, None), base="none", weights="none", linear=True, source="Wortsman et al. 2022 (arXiv 2203.05482)"
 )  # fmt: skip
 def n_average(tensors: Sequence[Tensor], *, weights: Sequence[float], base: None = None) -> Tensor:
     """(A + B + ...) / n, whatever the strengths."""
