@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from support.library import add, add_root, artifact_of, new_file, tag
+from tests.support.library import add, add_root, artifact_of, new_file, tag
 
 from hubtool import resources
 from hubtool.actions import catalogue
 from hubtool.errors import SchemaOutdated
 from hubtool.registry import browse, hashing, hub_store, schema
 from hubtool.registry.fast import FastReader
-from hubtool.registry.hub_store import Answer, Card, Origin, PublishedFile, Receipt
+from hubtool.registry.hub_store import Answer, Card, Claims, Origin, PublishedFile, Receipt
 from hubtool.registry.query import parse
 from hubtool.registry.records import FileStat, HashResult
 from hubtool.registry.store import Store
@@ -90,10 +90,10 @@ def test_a_card_keeps_its_facts_and_gives_its_trigger_words(store: Store, key: i
 
 
 def test_trigger_words_of_one_source_leave_those_of_another(store: Store, key: int) -> None:
-    hub_store.set_trigger_words(store, key, ["one"], "hub")
-    hub_store.set_trigger_words(store, key, ["two", "two", ""], "civitai")
-    hub_store.set_trigger_words(store, key, ["three"], "hub")
+    said = [("hub", ("one",)), ("civitai", ("two", "two", "")), ("hub", ("three",))]
+    hub_store.record_claims(store, [Claims(key, source, words, {"blake3": "ab"}) for source, words in said])
     assert set(browse.by_key(store, key).trigger_words) == {"two", "three"}
+    assert browse.hashes(store, key) == {"hub": {"blake3": "ab"}}
 
 
 def test_a_receipt_is_read_back_and_makes_published_origins(store: Store, key: int) -> None:

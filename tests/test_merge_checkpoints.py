@@ -74,13 +74,14 @@ def assert_close(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 def test_a_weighted_sum_is_the_formula_rounded_once(made: Path, tmp_path: Path) -> None:
     _, report = merge(tmp_path / "o.safetensors", made / "a.safetensors", made / "b.safetensors", **strengths("0.3"))
     a, b, found = state(made, "a"), state(made, "b"), load_file(tmp_path / "o.safetensors")
-    differing = 0
+    steps = []
     for key, tensor in a.items():
         if tensor.is_floating_point():
             exact = (0.7 * tensor.double() + 0.3 * b[key].double()).half()
-            differing += int((exact != found[key]).sum())
-    total = sum(tensor.numel() for tensor in a.values())
-    assert differing < total * 1e-3  # fp32 and fp64 meet the same half, but for sums that lie between two of them
+            steps.append((exact.view(torch.int16).int() - found[key].view(torch.int16).int()).abs().flatten())
+    apart = torch.cat(steps)
+    assert int(apart.max()) <= 1
+    assert float(apart.double().mean()) < 5e-3  # fp32 and fp64 round apart only where a sum lies between two halves
     assert report.matched == sum(tensor.is_floating_point() for tensor in a.values())
     assert not report.kept
 
@@ -232,7 +233,7 @@ def test_a_tensor_that_another_input_lacks_stays_and_is_told(made: Path, tmp_pat
 
 def test_another_family_is_refused_before_anything_is_read(made: Path, tmp_path: Path) -> None:
     other = single("sdxl", tmp_path)
-    with pytest.raises(ConversionError, match="is sdxl, a.safetensors is sd1"):
+    with pytest.raises(ConversionError, match=r"is sdxl, a\.safetensors is sd1"):
         merge(tmp_path / "o.safetensors", made / "a.safetensors", other)
 
 
@@ -264,7 +265,7 @@ def test_nan_in_an_input_names_tensor_and_file_and_writes_nothing(made: Path, tm
     key = next(key for key in b if key.endswith("attn1.to_k.weight"))
     b[key] = b[key].clone().fill_(float("nan"))
     save_file(b, tmp_path / "b.safetensors")
-    with pytest.raises(BadValues, match="attn1.to_k.weight holds NaN") as caught:
+    with pytest.raises(BadValues, match=r"attn1\.to_k\.weight holds NaN") as caught:
         merge(tmp_path / "o.safetensors", made / "a.safetensors", tmp_path / "b.safetensors")
     assert caught.value.path == str(tmp_path / "b.safetensors")
     assert os.listdir(tmp_path) == ["b.safetensors"]

@@ -35,10 +35,14 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """The patch of the fused weight. ``note`` says what had to be computed; None when every byte is the parts' own."""
+    """The patch of the fused weight. ``note`` says what had to be computed; None when every byte is the parts' own.
+
+    ``rounded``: numbers were multiplied, not only placed.
+    """
 
     patch: Patch
     note: str | None = None
+    rounded: bool = False
 
 
 def fuse(parts: Sequence[Patch | None], rows: Sequence[int]) -> Fused:
@@ -186,7 +190,7 @@ def _join_blocks(parts: Sequence[Any], rows: Sequence[int], common: dict[str, An
     if factors is not None:
         note += "; their unequal scales are folded into up in fp32"
     alpha = None if scale == 1.0 else scale * rank
-    return Fused(LowRank(up, down, alpha_value=alpha, **common), note)
+    return Fused(LowRank(up, down, alpha_value=alpha, **common), note, factors is not None)
 
 
 def _like_down(part: LowRank) -> Expr:
@@ -235,7 +239,7 @@ def _join_hadamard_blocks(parts: Sequence[Hadamard | None], rows: Sequence[int],
     if factors is not None:
         note += "; their unequal scales are folded into hada_w1_a in fp32"
     alpha = None if scale == 1.0 else scale * rank
-    return Fused(Hadamard(w1_a, w1_b, w2_a, w2_b, alpha_value=alpha, **common), note)
+    return Fused(Hadamard(w1_a, w1_b, w2_a, w2_b, alpha_value=alpha, **common), note, factors is not None)
 
 
 def _join_kronecker(parts: Sequence[Kronecker | None], rows: Sequence[int]) -> Fused:

@@ -96,13 +96,13 @@ def _homeless(target: _Target, path: str, patch: Patch) -> Loss:
 def _made(target: _Target, place: Place, patches: Mapping[str, Patch], out: Emission) -> Iterator[Gathered]:
     parts = {part: patches[part] for part in place.parts if part in patches}
     try:
-        patch, note = placing.outside(parts, place, target.size or "")
+        made = placing.outside(parts, place, target.size or "")
     except Unsupported as reason:
         out.losses += [Loss(f"{target.component}.{part}", str(reason)) for part in parts]
         return
-    if note:
-        out.rounded[f"{target.component}.{place.outside}"] = note
-    if len(parts) < len(place.parts):
-        absent = ", ".join(part for part in place.parts if part not in parts)
-        out.notes.append(f"{place.outside}: the rows of {absent} are zeros, the adapter does not change them")
-    yield (target.component, place.key), place.outside, patch
+    name = f"{target.component}.{place.outside}"
+    if made.note and made.rounded:
+        out.rounded[name] = made.note
+    elif made.note:
+        out.notes.append(f"{name}: {made.note}")
+    yield (target.component, place.key), place.outside, made.patch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from hubtool.adapters.fusing import Fused, fuse
 from hubtool.adapters.ir import Patch
 from hubtool.adapters.weight_ops import SwapHalves, TakeRows, Transpose
 from hubtool.errors import Unsupported
@@ -37,24 +38,21 @@ def _cut(patch: Patch, place: Place, rows: Sequence[int]) -> Iterator[tuple[str,
         raise Unsupported(f"{place.outside} has {out} rows, and its parts have {list(rows)}")
 
 
-def outside(parts: Mapping[str, Patch], place: Place, size: str) -> tuple[Patch, str | None]:
-    """(the patch of the outside module, a note where its numbers are not those of the parts bit for bit).
+def outside(parts: Mapping[str, Patch], place: Place, size: str) -> Fused:
+    """The patch of the outside module from those of its canonical parts: canonical path -> patch; a part that is not there counts as unchanged.
 
-    ``parts``: canonical path -> patch; a part that is not there counts as unchanged. Raises ``Unsupported``.
+    Raises ``Unsupported``.
     """
     first = next(iter(parts.values()))
     match place.op:
         case "swap_halves":
-            return first.under(SwapHalves()), None
+            return Fused(first.under(SwapHalves()))
         case "transpose":
-            return first.under(Transpose()), None
+            return Fused(first.under(Transpose()))
         case "rows":
-            from hubtool.adapters.fusing import fuse
-
-            made = fuse([parts.get(part) for part in place.parts], rows_of(place, size))
-            return made.patch, made.note
+            return fuse([parts.get(part) for part in place.parts], rows_of(place, size))
         case _:
-            return first, None
+            return Fused(first)
 
 
 def rows_of(place: Place, size: str) -> tuple[int, ...]:

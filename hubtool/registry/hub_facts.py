@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hubtool.registry.records import Reader
@@ -102,6 +102,16 @@ class Answer:
             return None
         found = json.loads(self.body)
         return found if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a hub (``source``: hub, civitai) says about an artifact that is proven to be its file. They replace what it said before."""
+
+    artifact: int
+    source: str
+    trigger_words: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 _ORIGIN = "endpoint, repo, path, commit_id, how, revision, sha256, etag, size, at, artifact_id"

@@ -15,6 +15,7 @@ from hubtool.registry.columns import now
 from hubtool.registry.hub_facts import (
     Answer,
     Card,
+    Claims,
     Origin,
     PublishedFile,
     Receipt,
@@ -30,8 +31,8 @@ from hubtool.registry.store import Store
 from hubtool.registry.text import clean, fold
 
 __all__ = [
-    "Answer", "Card", "Origin", "PublishedFile", "Receipt", "answers", "artifacts_by_sha256", "card", "last_receipt", "origins", "receipts",
-    "record_answers", "record_card", "record_origin", "record_receipt", "set_trigger_words",
+    "Answer", "Card", "Claims", "Origin", "PublishedFile", "Receipt", "answers", "artifacts_by_sha256", "card", "last_receipt", "origins", "receipts",
+    "record_answers", "record_card", "record_claims", "record_origin", "record_receipt",
 ]  # fmt: skip
 
 
@@ -78,10 +79,14 @@ def record_card(store: Store, facts: Card, artifacts: Iterable[int] = ()) -> Non
             _write_words(connection, artifact, words, "hub")
 
 
-def set_trigger_words(store: Store, artifact: int, words: Sequence[str], source: str) -> None:
-    """Replace the trigger words that one source (``hub``, ``civitai``) gives an artifact; those of other sources stay."""
+def record_claims(store: Store, claims: Iterable[Claims]) -> None:
+    """Keep what hubs claim about files proven to be theirs: trigger words under their source, hashes with origin ``hub``."""
     with store.transaction() as connection:
-        _write_words(connection, artifact, words, source)
+        for said in claims:
+            _write_words(connection, said.artifact, said.trigger_words, said.source)
+            for algo, value in said.hashes.items():
+                claim = {"algo": algo, "value": value, "artifact_id": said.artifact, "origin": "hub"}
+                _replace(connection, hash_, claim, {**claim, "at": now()})
 
 
 def _write_words(connection: Connection, artifact: int, words: Sequence[str], source: str) -> None:

@@ -333,27 +333,38 @@ def _finished(result: Any, shape: tuple[int, ...], dtype: str, call: Compute | J
     """One rounding to the promised dtype, after the promised shape was checked."""
     if tuple(result.shape) != shape:
         raise ShapeMismatch(f"a function promised {shape} and returned {tuple(result.shape)}")
-    if getattr(call.function, "finite", False):
-        check_finite(result, dtype, call, arguments)
-    return result.to(torch_dtype(dtype))
+    stored = result.to(torch_dtype(dtype))
+    if getattr(call.function, "finite", False) and not is_finite(stored):
+        raise bad_values(result, dtype, call, arguments)
+    return stored
 
 
-def check_finite(result: Any, dtype: str, call: Compute | Joint, arguments: Sequence[Any]) -> None:
-    """Raise ``BadValues`` where ``result`` has NaN or infinity, or will have in ``dtype``; it names the input at fault if one is."""
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor holds neither NaN nor infinity: in 16 bits by its largest exponent, else by its ends, in one pass."""
     import torch
 
-    if result.numel() == 0 or not result.is_floating_point():
-        return
-    ends = torch.stack(torch.aminmax(result)).to(torch_dtype(dtype)).float()
-    if bool(torch.isfinite(ends).all()):
-        return
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}.get(
+        tensor.dtype
+    )  # the bits of infinity, and of the first NaNs
+    if least is not None:
+        return int((tensor.contiguous().view(torch.int16) & 0x7FFF).max()) < least
+    wide = tensor.float() if tensor.itemsize == 1 else tensor
+    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())
+
+
+def bad_values(result: Any, dtype: str, call: Compute | Joint, arguments: Sequence[Any]) -> BadValues:
+    """The error for a result that is not finite once it is stored as ``dtype``; it names the input at fault if one is."""
+    import torch
+
     for source, tensor in zip(call.sources, arguments, strict=True):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             ref = next(iter(reads(source)), None)
             where = (ref.name, ref.path) if ref is not None else ("an input", None)
-            raise BadValues(f"{where[0]} holds NaN or infinity", path=where[1])
+            return BadValues(f"{where[0]} holds NaN or infinity", path=where[1])
     low, high = (float(end) for end in torch.aminmax(result))
-    raise BadValues(f"values from {low:.4g} to {high:.4g} overflow {dtype}", hint="write bf16 or fp32")
+    return BadValues(f"values from {low:.4g} to {high:.4g} overflow {dtype}", hint="write bf16 or fp32")
 
 
 def joints(expr: Expr) -> frozenset[Joint]:

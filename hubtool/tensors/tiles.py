@@ -25,10 +25,11 @@ from hubtool.tensors.dtypes import BITS, numel
 from hubtool.tensors.evaluate import (
     Context,
     Piece,
-    check_finite,
+    bad_values,
     coalesce,
     compute,
     is_bytes,
+    is_finite,
     pieces,
     torch_dtype,
     widened,
@@ -171,6 +172,7 @@ def tiles(expr: Compute, bench: Bench) -> Iterator[tuple[int, memoryview]]:
     if survey is not None:
         extra["state"] = survey(tiler.all, **params)
     item, positional = BITS[expr.dtype] // 8, getattr(function, "positional", False)
+    finite = getattr(function, "finite", False)
     for start, stop in tiler.spans():
         arguments = tiler.sources(start, stop)
         if positional:
@@ -178,8 +180,9 @@ def tiles(expr: Compute, bench: Bench) -> Iterator[tuple[int, memoryview]]:
         result = function(*arguments, **params, **extra)
         if result.numel() != stop - start:
             raise ShapeMismatch(f"a function promised {stop - start} elements and returned {result.numel()}")
-        if getattr(function, "finite", False):
-            check_finite(result, expr.dtype, expr, arguments)
         raw, view = bench.raw(-1, (stop - start) * item)
-        raw.view(torch_dtype(expr.dtype)).copy_(result.reshape(-1).to(torch_dtype(expr.dtype)))
+        stored = raw.view(torch_dtype(expr.dtype))
+        stored.copy_(result.reshape(-1))  # the one rounding
+        if finite and not is_finite(stored):
+            raise bad_values(result, expr.dtype, expr, arguments)
         yield start * item, view

@@ -108,12 +108,16 @@ def _artefact(file: TensorFile, base: Base) -> Adapter:
 def _hypernetwork(file: TensorFile, base: Base) -> Adapter:
     from hubtool.ops.artefacts import hypernetwork
 
-    try:
-        found = hypernetwork.folded(hypernetwork.read(file), dict(base.weights()), base.family)
-    except Unsupported as error:
-        text = f"the hypernetwork {file.path.name} cannot be collapsed: {error.message}"
-        raise Unsupported(text, path=file.path, hint="it works beside a checkpoint only") from error
-    return replace(found, metadata=file.metadata)
+    found = hypernetwork.read(file)
+    why = found.nonlinear()
+    if why is not None:
+        text = f"the hypernetwork {file.path.name} cannot be collapsed: {why}"
+        raise Unsupported(text, path=file.path, hint="it works beside a checkpoint only")
+    folded = hypernetwork.folded(found, dict(base.weights()), base.family)
+    if not folded.patches:
+        widths = ", ".join(str(width) for width in sorted({width for width, _ in found.networks}))
+        raise ConversionError(f"no projection of the base reads the hypernetwork's widths ({widths})", path=file.path)
+    return replace(folded, metadata=file.metadata)
 
 
 def _custom_diffusion(file: TensorFile) -> Adapter:

@@ -12,6 +12,7 @@ from hubtool.layouts.checkpoint_source import Source, recognise
 from hubtool.layouts.checkpoints import Checkpoint
 from hubtool.tensors import expr as e
 from hubtool.tensors.expr import Expr, Read
+from hubtool.types import Shape
 
 Pair = tuple[Expr, Expr]
 ParameterKey = tuple[str, str]  # (component, canonical parameter): ("unet", "conv_in.weight")
@@ -108,13 +109,18 @@ def _fitted(key: ParameterKey, before: Expr, after: Expr, tuned: Side) -> Pair:
     """A 1x1 convolution and a linear layer are one matrix; anything else must have one shape."""
     if before.shape == after.shape:
         return before, after
-    if _squeezed(before.shape) == _squeezed(after.shape):
+    if same_matrix(before.shape, after.shape):
         return before, e.reshape(after, before.shape)
     text = f"{'.'.join(key)} is {list(before.shape)} in the base and {list(after.shape)} in the other"
     raise ShapeMismatch(text, path=tuned.file.path)
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def same_matrix(first: Shape, second: Shape) -> bool:
+    """Whether weights differ at most in being a linear layer here and a 1x1 convolution there."""
+    return _squeezed(first) == _squeezed(second)
+
+
+def _squeezed(shape: Shape) -> Shape:
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

@@ -125,7 +125,7 @@ def _plan(
     task: Task, kept: Sequence[tuple[Decomposed, int]], dense: Mapping[ParameterKey, Pair], report: Report
 ) -> Plan:
     stored = DTYPES[task.request.dtype]
-    patches = dict(_ordered(task, dict(_low_rank(kept)), dense, stored))
+    patches = dict(_ordered(task, dict(low_rank(kept)), dense, stored))
     emission = emit(Adapter(task.pairs.family, MappingProxyType(patches)), task.request.layout)
     container = _container(emission, task.request.format)
     losses: tuple[Loss, ...] = tuple(emission.losses)
@@ -152,7 +152,7 @@ def _container(emission: Emission, asked: str | None) -> str:
     return asked or emission.container
 
 
-def _low_rank(kept: Iterable[tuple[Decomposed, int]]) -> Iterator[tuple[ModuleKey, LowRank]]:
+def low_rank(kept: Iterable[tuple[Decomposed, int]]) -> Iterator[tuple[ModuleKey, LowRank]]:
     """A patch for every module; modules of one unit share ``down``."""
     for one, rank in kept:
         unit = one.unit
@@ -167,7 +167,7 @@ def _low_rank(kept: Iterable[tuple[Decomposed, int]]) -> Iterator[tuple[ModuleKe
 
 
 def _ordered(
-    task: Task, low_rank: Mapping[ModuleKey, LowRank], dense: Mapping[ParameterKey, Pair], stored: str
+    task: Task, patches: Mapping[ModuleKey, LowRank], dense: Mapping[ParameterKey, Pair], stored: str
 ) -> Iterator[tuple[ModuleKey, Patch]]:
     """Every patch in the order of the tuned checkpoint."""
     differences: dict[ModuleKey, dict[str, Expr]] = {}
@@ -177,7 +177,7 @@ def _ordered(
         differences.setdefault((component, module), {})[own] = changes.difference(*both, stored)
     order = dict.fromkeys((component, name.rpartition(".")[0]) for component, name in task.pairs.common)
     for module_key in order:
-        patch = low_rank.get(module_key)
+        patch = patches.get(module_key)
         rest = differences.get(module_key, {})
         if patch is not None:
             yield module_key, LowRank(patch.up, patch.down, alpha_value=patch.alpha_value, diff_b=rest.get("bias"))

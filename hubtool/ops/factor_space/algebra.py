@@ -9,18 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_NOTHING = 1e-7  # of the largest singular value: less is rounding of the fp32 factors
+
 
 @dataclass(frozen=True, slots=True)
 class Decomposed:
-    """W = left @ u @ diag(values) @ v @ right. ``energy``: squared norm of W, beyond ``values`` where those are not all.
+    """The singular value decomposition of W, kept as it was found: left @ a = U S and b @ right = S V.
 
-    ``left`` (m, p) and ``right`` (q, n) are orthonormal, u (p, k), values (k,) descending, v (k, q); u, values and v in fp64.
+    ``left`` (m, p), ``a`` (p, k), ``values`` (k,) descending, ``b`` (k, q), ``right`` (q, n); a, values and b in fp64. ``energy``: squared
+    norm of W, beyond ``values`` where those are not all.
     """
 
     left: Any
-    u: Any
+    a: Any
     values: Any
-    v: Any
+    b: Any
     right: Any
     energy: float
 
@@ -29,9 +32,10 @@ class Decomposed:
         import torch
 
         kept = min(rank, len(self.values))
-        root = self.values[:kept].sqrt()
-        up = self.left @ (self.u[:, :kept] * root).to(self.left.dtype)
-        down = (root.unsqueeze(1) * self.v[:kept]).to(self.right.dtype) @ self.right
+        values = self.values[:kept]
+        root = torch.where(values > _NOTHING * self.values[0], values.rsqrt(), 0.0)
+        up = self.left @ (self.a[:, :kept] * root).to(self.left.dtype)
+        down = (root.unsqueeze(1) * self.b[:kept]).to(self.right.dtype) @ self.right
         if kept == rank:
             return up, down
         return torch.nn.functional.pad(up, (0, rank - kept)), torch.nn.functional.pad(down, (0, 0, 0, rank - kept))
@@ -54,17 +58,28 @@ def stacked(terms: Sequence[tuple[Any, Any, float]]) -> tuple[Any, Any]:
     """The sum of coefficient * up @ down as one pair of factors."""
     import torch
 
-    ups = [up.flatten(1) * factor for up, _, factor in terms]
-    return torch.cat(ups, 1), torch.cat([down.flatten(1) for _, down, _ in terms], 0)
+    ups = [up.flatten(1) if factor == 1.0 else up.flatten(1) * factor for up, _, factor in terms]
+    downs = [down.flatten(1) for _, down, _ in terms]
+    return (ups[0], downs[0]) if len(terms) == 1 else (torch.cat(ups, 1), torch.cat(downs, 0))
 
 
 def of_factors(up: Any, down: Any) -> Decomposed:
-    """The singular value decomposition of up @ down; exact."""
+    """The decomposition of up @ down; exact.
+
+    With up = Q R and down = L P only the triangles are needed: R L = u S v gives U S = W V = up (L v), and S V = (u R) down.
+    """
     import torch
 
-    left, upper = torch.linalg.qr(up)
-    right, lower = torch.linalg.qr(down.T)
-    return of_core(left, upper.double() @ lower.double().T, right.T)
+    upper, lower = _triangles(up, down)
+    u, values, v = torch.linalg.svd(upper @ lower, full_matrices=False)
+    return Decomposed(up, lower @ v.T, values, u.T @ upper, down, float(values.square().sum()))
+
+
+def _triangles(up: Any, down: Any) -> tuple[Any, Any]:
+    import torch
+
+    upper = torch.linalg.qr(up, mode="r").R.double()
+    return upper, torch.linalg.qr(down.T, mode="r").R.double().T
 
 
 def of_core(left: Any, core: Any, right: Any) -> Decomposed:
@@ -72,16 +87,15 @@ def of_core(left: Any, core: Any, right: Any) -> Decomposed:
     import torch
 
     u, values, v = torch.linalg.svd(core.double(), full_matrices=False)
-    return Decomposed(left, u, values, v, right, float(values.square().sum()))
+    return Decomposed(left, u * values, values, values.unsqueeze(1) * v, right, float(values.square().sum()))
 
 
 def spectrum(up: Any, down: Any) -> list[float]:
     """The singular values of up @ down, descending; at most as many as up has columns."""
     import torch
 
-    upper = torch.linalg.qr(up, mode="r").R
-    lower = torch.linalg.qr(down.T, mode="r").R
-    values: list[float] = torch.linalg.svdvals(upper.double() @ lower.double().T).tolist()
+    upper, lower = _triangles(up, down)
+    values: list[float] = torch.linalg.svdvals(upper @ lower).tolist()
     return values
 
 
@@ -117,8 +131,8 @@ def of_dense(change: Any, rank: int, seed: int = 0) -> Decomposed:
     from hubtool.ops.randomised_svd import truncated_svd
 
     found = truncated_svd(change, rank, seed=seed)
-    eye = torch.eye(len(found.values), dtype=torch.float64, device=change.device)
-    return Decomposed(found.left, eye, found.values.double(), eye, found.right, found.energy)
+    values = found.values.double()
+    return Decomposed(found.left, torch.diag(values), values, torch.diag(values), found.right, found.energy)
 
 
 def product_norm(up: Any, down: Any) -> float:

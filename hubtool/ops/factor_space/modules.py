@@ -110,7 +110,7 @@ def _alone(slot: Slot, asked: Asked, cap: int | None) -> Job:
     ((index, patch),), (share,) = slot.patches.items(), slot.shares(asked)
     if _stays(patch, asked, cap):
         return Job(slot, "copied", terms.strengthened(patch, share))
-    made = to_lora(patch, slot.shape)
+    made = to_lora(patch, terms.fitting(patch, slot.shape))
     terms.strengthened(made, share)  # raises the reason where a magnitude forbids it
     bias = _bias(slot, [terms.addend(replace(made, dora_scale=None))], asked, made.up.shape[0])
     company = {

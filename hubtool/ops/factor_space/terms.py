@@ -66,7 +66,7 @@ def addend(patch: Patch, shape: Shape | None = None) -> Addend:
     if isinstance(patch, Sparse) or (isinstance(patch, LowRank) and patch.residual is not None):
         return Addend(dense=_whole(patch, shape), biases=_biases(patch))
     try:
-        made = to_lora(patch, shape)
+        made = to_lora(patch, fitting(patch, shape))
     except Unsupported as reason:
         raise Unsupported(reason.message, hint=_HINT) from reason
     return Addend(factors=Factors(made.up, made.down, made.scale), biases=_biases(made))
@@ -165,6 +165,11 @@ def _sum(*tensors: Any, factors: tuple[float, ...], shape: Shape) -> Any:
 
 _times.elementwise = True  # type: ignore[attr-defined]
 _times.finite = _sum.finite = True  # type: ignore[attr-defined]
+
+
+def fitting(patch: Patch, shape: Shape | None) -> Shape | None:
+    """``shape`` where the factors agree with it: a table's shape may be that of another size of the model."""
+    return shape if shape and len(shape) > 1 and patch.sizes == numbers(shape) else None
 
 
 def numbers(shape: Shape) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Training on diffusers and PEFT: one loop, made of small parts (data, objective, parameters, optimiser, checkpoints, validation)."""
