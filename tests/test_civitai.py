@@ -15,6 +15,7 @@ from hubtool.hub import civitai, civitai_text
 from hubtool.hub.civitai import Civitai, Pace
 from hubtool.registry import browse, hub_facts
 from hubtool.registry.store import Store
+from hubtool.tensors.strict_json import JsonError
 from tests.support.civitai_server import CivitaiServer, civitai_server
 from tests.support.files import floats, write_safetensors
 
@@ -308,7 +309,7 @@ def test_a_file_without_a_hash_is_named_not_asked(
 @pytest.mark.parametrize("status", [301, 307, 308])
 def test_redirects_are_not_followed(server: CivitaiServer, client: Civitai, status: int) -> None:
     server.fault("redirect", 1, status, Location="https://elsewhere.example/api/v1/x")
-    with pytest.raises(HubError, match="elsewhere.example") as caught:
+    with pytest.raises(HubError, match=r"elsewhere\.example") as caught:
         next(iter(client.versions([sha(1)])))
     assert "HUBTOOL_CIVITAI=" in str(caught.value.hint)
 
@@ -324,7 +325,7 @@ def test_an_answer_without_end_is_cut_off(
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"3", b"[" * 100_000, b'{"id": 1', b"\xff"])
 def test_what_is_no_answer_is_refused(body: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(JsonError):
         civitai.read(body)
 
 

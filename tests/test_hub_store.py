@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from tests.support.library import add, add_root, artifact_of, new_file, tag
 
 from hubtool import resources
 from hubtool.actions import catalogue
@@ -20,6 +19,7 @@ from hubtool.registry.hub_store import Answer, Card, Claims, Origin, PublishedFi
 from hubtool.registry.query import parse
 from hubtool.registry.records import FileStat, HashResult
 from hubtool.registry.store import Store
+from tests.support.library import add, add_root, artifact_of, new_file, tag
 
 SHA = "ab" * 32
 COMMIT = "c" * 40

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.actions.recipe import Hashes, RunOptions, locate
 from hubtool.actions.where import library_exists
 from hubtool.errors import LossyConversion, RegistryError, UsageProblem, WouldOverwrite
 from hubtool.formats import TensorFile, open_file
@@ -18,12 +16,12 @@ from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
 from hubtool.ops.extract.request import Request
 from hubtool.ops.plan import Plan
+from hubtool.ops.recipe import Input, Output, Parent, Recipe, stamp
 from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:
     from hubtool.ops.extract.planning import Task
     from hubtool.ops.extract.report import Report
-    from hubtool.ops.recipe import Recipe
 
 Progress = Callable[[int], None]
 
@@ -43,22 +41,28 @@ class Extracted:
 
     plan: Plan
     report: Report
+    recipe: Recipe
     output: Path
     size: int
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        document = {**self.plan.to_json(), **self.report.to_json(), "output": str(self.output), "size": self.size}
+        document = {**self.plan.to_json(), **self.report.to_json(), "recipe": self.recipe.to_json()}
+        document |= {"output": str(self.output), "size": self.size}
         return {**document, "warning": self.warning} if self.warning else document
 
 
-def prepare(base: str | Path, tuned: str | Path, request: Request) -> Task:
-    """What ``extract`` would do, as far as headers tell. Raises what recognising and pairing raise."""
+def prepare(base: str | Path, tuned: str | Path, request: Request, library: str | None = None) -> Task:
+    """What ``extract`` would do, as far as headers tell; inputs are paths or REFs of the library.
+
+    Raises what recognising and pairing raise.
+    """
     from hubtool.ops.extract import planning
     from hubtool.ops.extract.pairing import sides
 
     request.check()
-    first, second = sides(open_file(Path(base)), open_file(Path(tuned)), request.family)
+    paths = [locate(one, library) for one in (base, tuned)]
+    first, second = sides(open_file(paths[0]), open_file(paths[1]), request.family)
     return planning.prepare(first, second, request)
 
 
@@ -76,13 +80,16 @@ def extract(
     options, output = options or Options(), Path(output)
     files = task.base.file, task.tuned.file
     _check_output(output, files, options.force)
-    with _hashes(files) as hashes, Scratch(output.parent) as scratch:
+    hashes = Hashes([file.path for file in files])
+    with Scratch(output.parent) as scratch:
         plan, report = planning.extract(task, scratch, progress)
         if plan.losses and not options.allow_loss:
             raise _lossy(plan, output)
-        plan = _stamped(plan, task, [one.result() for one in hashes])
+        recipe = recipe_of(task)
+        parents = [Parent.of(file, hashes.of(file.path)) for file in files]
+        plan = stamp(plan, recipe, parents)
         size = execute(plan, output, force=options.force, workers=task.request.workers, device=task.request.device)
-    return Extracted(plan, report, output, size, _record(output, files, task.request, options.library))
+    return Extracted(plan, report, recipe, output, size, _record(output, files, task.request, options.library))
 
 
 def format_of(output: str | Path) -> str | None:
@@ -105,32 +112,13 @@ def _lossy(plan: Plan, output: Path) -> LossyConversion:
     return LossyConversion(text, path=output, hint="choose another --layout, or accept it with --allow-loss")
 
 
-@contextmanager
-def _hashes(files: tuple[TensorFile, ...]) -> Iterator[list[Future[str | None]]]:
-    """SHA-256 of the inputs, computed beside the decomposition."""
-    pool = ThreadPoolExecutor(1, "hubtool-hash")
-    try:
-        yield [pool.submit(_sha256, file) for file in files]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _sha256(file: TensorFile) -> str | None:
-    if not file.path.is_file():
-        return None
-    with open(file.path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def recipe_of(task: Task, hashes: list[str | None]) -> Recipe:
+def recipe_of(task: Task) -> Recipe:
     """The recipe that repeats this extraction."""
-    from hubtool.ops.recipe import Input, Output, Recipe
-
     request = task.request
-    named = zip((task.base.file, task.tuned.file), ("base", "tuned"), hashes, strict=True)
+    named = zip((task.base.file, task.tuned.file), ("base", "tuned"), strict=True)
     return Recipe(
         operation="extract",
-        inputs=tuple(Input(path=str(file.path), role=role, sha256=sha256) for file, role, sha256 in named),
+        inputs=tuple(Input(path=str(file.path), role=role, family=request.family) for file, role in named),
         method=request.kind,
         parameters=request.parameters(),
         output=Output(layout=request.layout, format=request.format, dtype=request.dtype),
@@ -138,12 +126,22 @@ def recipe_of(task: Task, hashes: list[str | None]) -> Recipe:
     )
 
 
-def _stamped(plan: Plan, task: Task, hashes: list[str | None]) -> Plan:
-    from hubtool.ops.recipe import Parent, stamp
-
-    files = task.base.file, task.tuned.file
-    parents = [Parent.of(file, sha256) for file, sha256 in zip(files, hashes, strict=True)]
-    return stamp(plan, recipe_of(task, hashes), parents)
+def run_recipe(
+    recipe: Recipe, inputs: list[Path], output: Path | None, options: RunOptions, progress: Progress | None = None
+) -> Extracted | Task:
+    """Carry out a recipe whose operation is ``extract``; the task alone for a dry run. Raises ``UsageProblem`` without base and tuned."""
+    roles = dict(zip((one.role for one in recipe.inputs), inputs, strict=True))
+    if roles.keys() != {"base", "tuned"}:
+        raise UsageProblem("an extraction has two inputs, of the roles base and tuned")
+    family = next((one.family for one in recipe.inputs if one.family), None)
+    wanted = Request.of(
+        recipe.parameters, kind=recipe.method, layout=recipe.output.layout, dtype=recipe.output.dtype, family=family,
+        format=recipe.output.format, seed=recipe.seed, device=options.device, workers=options.workers,
+    )  # fmt: skip
+    task = prepare(roles["base"], roles["tuned"], wanted)
+    if options.dry_run or output is None:
+        return task
+    return extract(task, output, Options(force=options.force, library=options.library), progress)
 
 
 def _record(output: Path, files: tuple[TensorFile, ...], request: Request, library: str | None) -> str | None:

@@ -21,7 +21,7 @@ from hubtool.tensors.reading import Sources, pread_into
 
 Progress = Callable[[int], None]
 _DEEPEST = 8
-_STEP = 16 << 20
+_STEP = 64 << 20
 _FOLDER_FORMATS = ("diffusers-folder", "peft-folder")
 
 

@@ -6,7 +6,6 @@ function here applies it. JSON stays valid: the same characters are written as `
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -143,6 +142,8 @@ def _write_csv(rows: Iterable[Row], columns: Sequence[str]) -> None:
 
 
 def _csv_line(values: Sequence[Any]) -> str:
+    import csv
+
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(values)
     return buffer.getvalue()

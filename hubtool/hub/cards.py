@@ -89,7 +89,7 @@ def parse(text: str, path: str = "README.md") -> Card:
 
 def _yaml() -> Any:
     try:
-        import yaml
+        import yaml  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise MissingExtra("model cards", "hub") from None
     return yaml

@@ -19,7 +19,7 @@ from hubtool.hub.refs import HUGGING_FACE, HubRef
 
 _SECRETS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=:-]+"), r"\1 ***"),
+    (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=:-]+"), r"\1 ***"),
     (re.compile(r"(?i)\b((?:api_?key|access_?token|token|sig|signature|x-amz-[a-z-]+)=)[^&\s\"']+"), r"\1***"),
     (re.compile(r"(https?://)[^/@\s]+@"), r"\1***@"),
 )
@@ -355,6 +355,7 @@ _BROKEN: tuple[_Row, ...] = (  # httpx's own, then the builtin ones that come th
     ("TooManyRedirects", _redirects),
     ("TransportError", _broken_off),
     ("JSONDecodeError", _not_the_hub),
+    ("BrokenAnswer", _size),
     ("ConnectionError", _xet),
     ("ValueError", _bad_card),
     ("RuntimeError", _upload),

@@ -10,7 +10,6 @@ from typing import Any
 from hubtool.adapters import registry
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
-from hubtool.adapters.rotation import Rotation
 from hubtool.adapters.weight_ops import ReshapeWeight
 from hubtool.errors import ConversionError
 from hubtool.layouts import keys, peft_config, positional, tables
@@ -102,21 +101,24 @@ def _tensors(patch: Patch, syntax: Syntax, name: str, out: Emission) -> Iterator
             yield role, _folded(patch, name, out)
         else:
             yield role, tensor
-    if isinstance(patch, Rotation) and patch.alpha_value == 0 and _flavour(patch, syntax) != patch.flavour:
-        reason = (
-            f"alpha 0 means {_ZERO[patch.flavour]} in this file and {_ZERO[_flavour(patch, syntax)]} in {syntax.id}"
-        )
-        out.losses.append(Loss(f"{name}.alpha", reason))
+    if patch.algorithm in ("oft", "boft") and patch.alpha_value == 0:
+        out.losses += _misread_zero(patch, syntax, name)
     if syntax.alpha == "tensor":
         alpha = _alpha_tensor(patch, name, out)
         if alpha is not None:
             yield "alpha", alpha
 
 
-def _flavour(patch: Rotation, syntax: Syntax) -> str:
-    """Whose reading of OFT's tensors the keys of ``syntax`` imply."""
+def _misread_zero(patch: Patch, syntax: Syntax, name: str) -> Iterator[Loss]:
+    """An OFT alpha of 0 that the readers of ``syntax`` take for the opposite of what the file means by it."""
+    from hubtool.adapters.rotation import Rotation
+
     prefix = next(iter(syntax.prefixes.values()))[0]
-    return registry.flavour_of("oft", dict(patch.roles()), prefix) or "lycoris"
+    theirs = registry.flavour_of("oft", dict(patch.roles()), prefix) or "lycoris"
+    if isinstance(patch, Rotation) and patch.flavour != theirs:
+        yield Loss(
+            f"{name}.alpha", f"alpha 0 means {_ZERO[patch.flavour]} in this file and {_ZERO[theirs]} in {syntax.id}"
+        )
 
 
 def _magnitude(patch: LowRank, syntax: Syntax, name: str, out: Emission) -> Expr | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.errors import Unsupported
-from hubtool.layouts import placing, tables, vocabulary
+from hubtool.layouts import tables, vocabulary
 from hubtool.layouts.detect import size_of
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.naming import Place
@@ -64,11 +64,17 @@ def _taken_apart(target: _Target, patches: Mapping[str, Patch]) -> dict[str, Pat
     found: dict[str, Patch] = {}
     for path, patch in patches.items():
         place = _source_place(target, path)
-        try:
-            found |= {path: patch} if place is None else placing.canonical(patch, place, target.size or "")
-        except Unsupported:
-            found[path] = patch
+        found |= {path: patch} if place is None else _parts_of(patch, place, target) or {path: patch}
     return found
+
+
+def _parts_of(patch: Patch, place: Place, target: _Target) -> dict[str, Patch] | None:
+    from hubtool.layouts import placing  # and with it all that fusing needs: most conversions only rename
+
+    try:
+        return placing.canonical(patch, place, target.size or "")
+    except Unsupported:
+        return None
 
 
 def _source_place(target: _Target, path: str) -> Place | None:
@@ -86,6 +92,8 @@ def _homeless(target: _Target, path: str, patch: Patch) -> Loss:
     name = f"{target.component}.{path}"
     place = _source_place(target, path)
     if place is not None:
+        from hubtool.layouts import placing
+
         try:
             placing.canonical(patch, place, target.size or "")
         except Unsupported as reason:
@@ -94,6 +102,11 @@ def _homeless(target: _Target, path: str, patch: Patch) -> Loss:
 
 
 def _made(target: _Target, place: Place, patches: Mapping[str, Patch], out: Emission) -> Iterator[Gathered]:
+    if place.op == "rename":
+        yield (target.component, place.key), place.outside, patches[place.parts[0]]
+        return
+    from hubtool.layouts import placing
+
     parts = {part: patches[part] for part in place.parts if part in patches}
     try:
         made = placing.outside(parts, place, target.size or "")

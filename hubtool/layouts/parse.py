@@ -6,16 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from hubtool.adapters.hadamard import Hadamard
-from hubtool.adapters.input_rotation import InputRotation
 from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
-from hubtool.adapters.kronecker import Kronecker
 from hubtool.adapters.low_rank import LowRank
-from hubtool.adapters.rotation import Rotation
-from hubtool.adapters.token_embeddings import parse_bundle
 from hubtool.errors import CorruptFile, RecognitionError, Unsupported
 from hubtool.formats.base import TensorFile
-from hubtool.layouts import modules, peft_config, placing
+from hubtool.layouts import modules, peft_config
 from hubtool.layouts.keys import BUNDLE
 from hubtool.layouts.outline import Outline, RoleKey, outline
 from hubtool.layouts.peft_config import PeftConfig
@@ -111,6 +106,8 @@ def _canonical(key: ModuleKey, patch: Patch, shape: Outline, whole: list[str]) -
     place = shape.places.get(key)
     if place is None:
         return {key: patch}
+    from hubtool.layouts import placing
+
     try:
         found = placing.canonical(patch, place, shape.sizes[key[0]])
     except Unsupported as reason:
@@ -142,11 +139,17 @@ def _config(file: TensorFile, syntax: Syntax, component: str) -> PeftConfig:
 
 def _configured(patch: Patch, config: PeftConfig, path: str) -> Patch:
     """The patch with what only the configuration says. A tensor's own alpha wins over it."""
+    if isinstance(patch, LowRank):
+        return _scaled(_upright(patch), config, path)
+    from hubtool.adapters.hadamard import Hadamard
+    from hubtool.adapters.input_rotation import InputRotation
+    from hubtool.adapters.kronecker import Kronecker
+
     if isinstance(patch, InputRotation):
         return replace(patch, terms=config.neumann_terms)
     if isinstance(patch, Hadamard | Kronecker) and patch.alpha_value is None:
         return replace(patch, alpha_value=config.alpha_of(path))
-    return _scaled(_upright(patch), config, path) if isinstance(patch, LowRank) else patch
+    return patch
 
 
 def _scaled(patch: LowRank, config: PeftConfig, path: str) -> LowRank:
@@ -163,8 +166,16 @@ def _embeddings(
     """(token vectors, keys that are neither a module's nor a token's)."""
     tokens = [key for key in shape.spare if shape.syntax.positional and _is_token(key, tensors[key], file.metadata)]
     found = tuple(Embedding(key, "text_encoder", Read(tensors[key])) for key in tokens)
-    bundled = parse_bundle({key: ref for key, ref in tensors.items() if key.startswith(BUNDLE)})
-    return found + bundled, [key for key in shape.spare if key not in tokens]
+    bundle = {key: ref for key, ref in tensors.items() if key.startswith(BUNDLE)}
+    return found + _bundled(bundle), [key for key in shape.spare if key not in tokens]
+
+
+def _bundled(tensors: Mapping[str, TensorRef]) -> tuple[Embedding, ...]:
+    if not tensors:
+        return ()
+    from hubtool.adapters.token_embeddings import parse_bundle
+
+    return parse_bundle(tensors)
 
 
 def _is_token(key: str, ref: TensorRef, metadata: Mapping[str, str]) -> bool:
@@ -212,7 +223,7 @@ def _findings(
 
 def _alpha_findings(patches: Mapping[ModuleKey, Patch]) -> Iterable[Finding]:
     # a rotation's alpha is a constraint, not a factor: kohya's 0 forbids any change, LyCORIS' 0 allows all
-    found = (p.constraint if isinstance(p, Rotation) else p.alpha_value for p in patches.values())
+    found = (getattr(patch, "constraint", patch.alpha_value) for patch in patches.values())
     values = [value for value in found if value is not None]
     checks = (
         ("alpha-zero", [v for v in values if v == 0], "modules have alpha 0: they change nothing"),

@@ -87,9 +87,9 @@ def plan(inputs: Sequence[Source], request: Request, base: Source | None = None)
     parsed = _parsed(sources, request)
     first = parsed[0]
     adapters = [spelling.selected(one.adapter, request.component) for one in parsed]
-    family = first.adapter.family or request.family
+    family = first.adapter.family or next(iter(first.candidates), None)
+    _check_strengths([one.strengths for one in inputs], adapters, family)
     strengths = [one.strengths.resolved(family) for one in inputs]
-    _check_strengths(strengths, adapters)
     report = Report(len(inputs))
     asked = Asked(
         method,
@@ -104,7 +104,7 @@ def plan(inputs: Sequence[Source], request: Request, base: Source | None = None)
     naming = _naming(request.layout or str(first.layout), family)
     slots = _slots(adapters, strengths, naming, family)
     patches = _patches(_jobs(slots, asked, request, report), asked, request, report)
-    merged = _adapter(adapters, patches, family, report)
+    merged = _adapter(adapters, patches, first.adapter.family, report)
     emission = spelling.spelled(merged, request.layout or str(first.layout), first, request.family)
     return _plan(sources, merged, emission, request, report), report
 
@@ -151,7 +151,7 @@ def _dtype(name: str | None) -> str | None:
 
 
 def _parsed(sources: Sequence[Source], request: Request) -> list[Parsed]:
-    """Every input, read as one family. Raises ``ConversionError`` where they are of several."""
+    """Every input, read as one family; as the candidates they share where no file can tell. Raises ``ConversionError``."""
     found = [parse_file(one.file, request.family) for one in sources]
     known = {
         one.adapter.family: source.file.path.name
@@ -167,7 +167,17 @@ def _parsed(sources: Sequence[Source], request: Request) -> list[Parsed]:
     found = [_as(family, one, source.file) for one, source in zip(found, sources, strict=True)]
     for one, source in zip(found, sources, strict=True):
         _refuse(one.adapter, source.file)
-    return found
+    return found if family else _shared(found, sources[-1].file)
+
+
+def _shared(found: list[Parsed], file: TensorFile) -> list[Parsed]:
+    """Adapters of unknown family, each with only the candidates that fit all of them."""
+    common = tuple(name for name in found[0].candidates if all(name in one.candidates for one in found))
+    if not common and any(one.candidates for one in found):
+        raise ConversionError(
+            "no one family has the modules of all inputs", path=file.path, hint="hubtool explain shows what fits"
+        )
+    return [replace(one, candidates=common) for one in found]
 
 
 def _as(family: str | None, parsed: Parsed, file: TensorFile) -> Parsed:
@@ -188,17 +198,18 @@ def _refuse(adapter: Adapter, file: TensorFile) -> None:
         raise ConversionError("this adapter changes no module", path=file.path, hint=f"hubtool inspect {file.path}")
 
 
-def _check_strengths(strengths: Sequence[Strengths], adapters: Sequence[Adapter]) -> None:
+def _check_strengths(strengths: Sequence[Strengths], adapters: Sequence[Adapter], family: str | None) -> None:
     """Every part of a strength means some module, and no input counts nothing at all."""
     every = [key for adapter in adapters for key in adapter.patches]
     for one, adapter in zip(strengths, adapters, strict=False):
-        lost = one.unmatched(every)
+        lost = one.unmatched(every, family)
         if lost:
             parts = ", ".join(dict.fromkeys(component for component, _ in every))
             raise UsageProblem(
                 f"no module is called {lost[0]}", hint=f"the adapters change {parts}; hubtool inspect lists"
             )
-        if not one.plain and not any(one.of(*key) for key in adapter.patches):
+        known = one.resolved(family)
+        if not known.plain and not any(known.of(*key) for key in adapter.patches):
             raise UsageProblem("these strengths leave nothing of an input")
 
 
@@ -269,6 +280,8 @@ def _patches(jobs: Sequence[Job], asked: Asked, request: Request, report: Report
                 continue
             patch, how = _made(job, rank, asked)
         patches[job.slot.key] = patch
+        if how == "copied" and isinstance(patch, LowRank) and patch.residual is None:
+            report.copied[job.slot.name] = patch
         report.modules[job.slot.name] = Module(len(job.slot.patches), job.slot.ranks, patch.rank, how)
     if not patches:
         raise UsageProblem("the budget has no place for a single module")

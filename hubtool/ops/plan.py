@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hubtool.layouts.emission import Loss
-from hubtool.layouts.repair import Repair
 from hubtool.tensors.evaluate import is_bytes
 from hubtool.tensors.expr import Expr, size, sources
+
+if TYPE_CHECKING:
+    from hubtool.layouts.repair import Repair
 
 
 @dataclass(frozen=True, slots=True)

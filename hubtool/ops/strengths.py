@@ -65,12 +65,16 @@ class Strengths:
         factors = tuple((path, value) for block, value in numbers.items() for path in blocks.paths.get(block, ()))
         return replace(self, patterns=patterns, factors=factors, rest=numbers.get(BASE, 1.0), block_list=None)
 
-    def unmatched(self, modules: Iterable[tuple[str, str]]) -> list[str]:
-        """Patterns and components that no module answers to: most likely misspelt."""
+    def unmatched(self, modules: Iterable[tuple[str, str]], family: str | None = None) -> list[str]:
+        """Patterns, blocks and components that no module answers to: most likely misspelt."""
         known = list(modules)
         parts = {component for component, _ in known}
         lost = [name for name in self.components if name not in parts]
-        return lost + [one for one, _ in self.patterns if not any(matches(one, *module) for module in known)]
+        for pattern, value in self.patterns:
+            meant = Strengths(patterns=((pattern, value),)).resolved(family).patterns
+            if not any(matches(one, *module) for one, _ in meant for module in known):
+                lost.append(pattern)
+        return lost
 
     @property
     def plain(self) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
-import shutil
 import stat
 import threading
 from collections.abc import Iterator, Sequence
@@ -204,7 +202,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield part
             _publish_folder(part, final)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove_tree(part)
 
 
 def _publish_folder(part: Path, final: Path) -> None:
@@ -248,7 +246,7 @@ def _target(path: Path, force: bool) -> Path:
 
 
 def _part_name(name: str) -> str:
-    tail = f".{os.getpid()}.{secrets.token_hex(4)}{PART_SUFFIX}"
+    tail = f".{os.getpid()}.{os.urandom(4).hex()}{PART_SUFFIX}"
     stem = os.fsencode(name)[: _NAME_MAX - len(tail) - 1]
     return "." + stem.decode("utf-8", "ignore") + tail
 
@@ -339,7 +337,7 @@ def _removed(part: Path) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if stat.S_ISDIR(os.fstat(fd).st_mode):
-            shutil.rmtree(part)
+            _remove_tree(part, strict=True)
         else:
             os.unlink(part)
         return True
@@ -347,3 +345,9 @@ def _removed(part: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _remove_tree(path: Path, *, strict: bool = False) -> None:
+    import shutil  # and with it every compression library: only outputs that are folders need it
+
+    shutil.rmtree(path, ignore_errors=not strict)

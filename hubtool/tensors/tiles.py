@@ -40,7 +40,7 @@ from hubtool.tensors.reading import Sources, pread_into
 if TYPE_CHECKING:
     import torch
 
-TILE = 1 << 19  # elements; fp32 tiles of two sources and a result stay in the cache of a core
+TILE = 1 << 18  # elements; fp32 tiles of two sources and a result stay close to a core
 DEVICE_TILE = 1 << 24  # on an accelerator the transfers should be large
 
 

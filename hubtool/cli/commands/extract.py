@@ -78,7 +78,7 @@ def command(state: State, /, base: Path, tuned: Path, out: Path | None, **asked:
     """
     if out is None and not asked["dry_run"]:
         raise UsageProblem("no output is named", hint="give -o OUT, or --dry-run")
-    task = actions.prepare(base, tuned, _request(out, asked))
+    task = actions.prepare(base, tuned, _request(out, asked), state.library)
     if asked["dry_run"] or out is None:
         _preview(task.to_json(), asked["as_json"])
         return

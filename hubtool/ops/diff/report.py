@@ -164,8 +164,10 @@ class Difference:
 
 
 def _weight(entry: Entry) -> float:
-    change = entry.moments.relative
-    return math.inf if change is None or math.isnan(change) else change
+    """The change against the larger of the two: a bias that was zero before is not the largest change of all."""
+    size = max(entry.moments.first, entry.moments.second)
+    weight = math.sqrt(entry.moments.change / size) if size else 0.0
+    return math.inf if math.isnan(weight) else weight
 
 
 def _components(entries: Iterable[Entry]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from hubtool.ops.factor_space.budget import Budget
 KINDS = ("lora", "locon", "full")
 DTYPES = MappingProxyType({"fp16": "F16", "bf16": "BF16", "fp32": "F32"})
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?", re.IGNORECASE)
+_LIMITS = ("rank", "energy", "error", "size", "across", "max_rank")
 _MOST = 128  # ranks computed where their number follows from the data
 
 
@@ -62,9 +64,20 @@ class Request:
         """Whether the module ``component.path`` is asked for."""
         return not self.modules or any(fnmatchcase(name, glob) for glob in self.modules)
 
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any], **fields: Any) -> Request:
+        """The request whose ``parameters()`` a recipe keeps; of ``fields`` those that are not None count. Raises ``UsageProblem``."""
+        limits = {name: parameters[name] for name in _LIMITS if name in parameters}
+        own = {name: parameters[name] for name in ("kind", "conv_rank", "dense") if name in parameters}
+        unknown = parameters.keys() - limits.keys() - own.keys() - {"modules"}
+        if unknown:
+            raise UsageProblem(f"an extraction has no parameter {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in fields.items() if value is not None}
+        return cls(**{**own, **given}, budget=Budget(**limits), modules=tuple(parameters.get("modules", ())))
+
     def parameters(self) -> dict[str, Any]:
         """What of this decides the output's numbers, for a recipe; what was not asked is left out."""
-        asked: dict[str, Any] = {"kind": self.kind, **self.budget.to_json()}
+        asked: dict[str, Any] = self.budget.to_json()
         asked |= {"conv_rank": self.conv_rank} if self.conv_rank is not None else {}
         asked |= {"dense": True} if self.dense else {}
         return {**asked, "modules": list(self.modules)} if self.modules else asked

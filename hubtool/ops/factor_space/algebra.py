@@ -102,18 +102,28 @@ def spectrum(up: Any, down: Any) -> list[float]:
 def bases(terms: Sequence[tuple[Any, Any, float]]) -> Bases:
     """Common bases of coefficient * up @ down of every term, and each term between them (the core space of arXiv 2509.17786).
 
-    Inner products, norms and singular values of the cores are those of the changes themselves.
+    The bases are the singular vectors of the factors side by side, whatever the order of the terms. Inner products, norms and singular
+    values of the cores are those of the changes themselves.
     """
     import torch
 
-    left, upper = torch.linalg.qr(torch.cat([up.flatten(1) for up, _, _ in terms], 1))
-    right, lower = torch.linalg.qr(torch.cat([down.flatten(1) for _, down, _ in terms], 0).T)
+    left, upper = _basis(torch.cat([up.flatten(1) for up, _, _ in terms], 1))
+    right, lower = _basis(torch.cat([down.flatten(1) for _, down, _ in terms], 0).T)
     cores, at = [], 0
     for up, _, factor in terms:
         own = slice(at, at + up.shape[1])
-        cores.append(factor * (upper[:, own].double() @ lower[:, own].double().T))
+        cores.append(factor * (upper[:, own] @ lower[:, own].T))
         at = own.stop
     return Bases(left, right.T, tuple(cores))
+
+
+def _basis(columns: Any) -> tuple[Any, Any]:
+    """(left singular vectors of a tall matrix, its columns in their terms, in fp64)."""
+    import torch
+
+    found, triangle = torch.linalg.qr(columns)
+    turned, values, v = torch.linalg.svd(triangle.double(), full_matrices=False)
+    return found @ turned.to(found.dtype), values.unsqueeze(1) * v
 
 
 def aligned(found: Bases) -> tuple[Any, tuple[Any, ...]]:

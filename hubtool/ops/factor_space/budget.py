@@ -76,7 +76,8 @@ def _chosen(spectra: list[Spectrum], prices: list[int], budget: Budget) -> list[
     if budget.size is not None:
         return within(spectra, budget.size, prices, [0] * len(spectra))
     if budget.across and budget.rank is not None:
-        return within(spectra, budget.rank * sum(prices), prices, [0] * len(spectra))
+        even = sum(min(budget.rank, len(one.values)) * price for one, price in zip(spectra, prices, strict=True))
+        return within(spectra, even, prices, [0] * len(spectra))
     if budget.target is None:
         return [len(one.values) for one in spectra]
     if budget.across:

@@ -62,7 +62,7 @@ def _join(
     try:
         for own in patches:
             present = {path: own[component, path] for component, path in parts if (component, path) in own}
-            made.append(placing.outside(present, place, size)[0] if present else None)
+            made.append(placing.outside(present, place, size).patch if present else None)
     except Unsupported:
         return False
     for own, patch in zip(patches, made, strict=True):

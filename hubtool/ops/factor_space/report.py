@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hubtool.adapters.low_rank import LowRank
+from hubtool.adapters.promote import to_lora
+from hubtool.ops.factor_space import algebra
 from hubtool.ops.factor_space.blend import Measured
 
 
@@ -23,7 +26,7 @@ class Module:
 @dataclass(slots=True)
 class Report:
     """``matched``: modules that several inputs change; ``single``: that one input changes; ``unchanged``: whose strengths are all zero;
-    ``dropped``: that a budget left no rank. ``measured`` fills while the plan is carried out."""
+    ``dropped``: that a budget left no rank. ``measured`` fills while the plan is carried out; ``copied``: low-rank modules that are not computed."""
 
     inputs: int
     modules: dict[str, Module] = field(default_factory=dict)
@@ -31,6 +34,8 @@ class Report:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     measured: Measured = field(default_factory=Measured)
+    copied: dict[str, LowRank] = field(default_factory=dict)
+    _norms: dict[str, float] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:
@@ -46,9 +51,17 @@ class Report:
 
     @property
     def error(self) -> float | None:
-        """The same over all computed modules together; None before anything was computed."""
+        """The same over all low-rank modules together, copied ones included; None before anything was computed.
+
+        Reads the factors of copied modules the first time: their norms count.
+        """
+        if not self.measured.modules:
+            return None
+        for name in list(self.copied):
+            self._norms[name] = _squared_norm(self.copied.pop(name))
         rows = self.measured.modules.values()
-        return _ratio(math.fsum(row[1] for row in rows), math.fsum(row[0] for row in rows)) if rows else None
+        norm = math.fsum(row[0] for row in rows) + math.fsum(self._norms.values())
+        return _ratio(math.fsum(row[1] for row in rows), norm)
 
     def to_json(self) -> dict[str, Any]:
         errors = self.errors()
@@ -73,3 +86,11 @@ class Report:
 
 def _ratio(error: float, norm: float) -> float:
     return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
+
+
+def _squared_norm(patch: LowRank) -> float:
+    from hubtool.tensors.evaluate import compute
+
+    plain = to_lora(patch)
+    up, down = (compute(tensor).float().flatten(1) for tensor in (plain.up, plain.down))
+    return plain.scale**2 * algebra.product_norm(up, down)

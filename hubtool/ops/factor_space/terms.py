@@ -88,10 +88,17 @@ def _biases(patch: Patch) -> tuple[tuple[float, Expr], ...]:
 
 def _whole(patch: LowRank | Sparse, shape: Shape | None) -> Expr:
     """The whole difference of a patch with a sparse residual."""
-    own = patch.weight_shape or shape
-    if own is None:
-        raise Unsupported("a sparse change alone, of a weight whose shape no table knows")
+    own = patch.weight_shape or _stated(patch, shape)
     return Compute(_delta, (), own, "F32", (("patch", patch), ("shape", own)))
+
+
+def _stated(patch: LowRank | Sparse, shape: Shape | None) -> Shape:
+    """The size that a sparse change states, as the shape a table knows where both agree. Reads two numbers."""
+    from hubtool.tensors.evaluate import scalars
+
+    assert patch.bias_size is not None
+    size = tuple(int(number) for number in scalars(patch.bias_size))
+    return shape if shape and numel(shape) == numel(size) else size
 
 
 def _delta(*, patch: Patch, shape: Shape) -> Any:

@@ -1,0 +1,61 @@
+"""Xet, the Hub's chunk store, as an ordered stream of bytes from any offset: what a resumed and hashed transfer needs.
+
+huggingface_hub writes whole files through hf_xet and verifies none of them; its stream of the same package fits in here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from hubtool.hub.client import Client, Entry
+from hubtool.hub.refs import HubRef
+
+
+def is_possible(entry: Entry) -> bool:
+    """Whether a file lies in Xet, hf_xet can stream it, and nobody switched Xet off (HF_HUB_DISABLE_XET)."""
+    if (
+        entry.xet is None
+        or not entry.size
+        or os.environ.get("HF_HUB_DISABLE_XET", "").upper() in ("1", "ON", "YES", "TRUE")
+    ):
+        return False
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_DISABLE_XET:
+        return False
+    try:
+        hf_xet: Any = import_module("hf_xet")
+    except ImportError:
+        return False
+    return hasattr(hf_xet, "XetSession") and hasattr(hf_xet.XetSession, "new_download_stream_group")
+
+
+def stream(client: Client, ref: HubRef, entry: Entry, start: int) -> Iterator[bytes]:
+    """The content of ``entry`` from byte ``start``, in order. Raises what hf_xet and huggingface_hub raise."""
+    hf_xet: Any = import_module("hf_xet")
+    with _group(client, ref, entry) as group:
+        yield from group.download_stream(hf_xet.XetFileInfo(entry.xet, entry.size), start=start)
+
+
+def _group(client: Client, ref: HubRef, entry: Entry) -> Any:
+    from huggingface_hub.utils._xet import (
+        XetFileData,
+        get_xet_session,
+        refresh_xet_connection_info,
+        xet_headers_without_auth,
+    )
+
+    route = f"{client.endpoint}/api/models/{ref.repo}/xet-read-token/{ref.branch}"
+    headers = client.headers(route)
+    info = refresh_xet_connection_info(file_data=XetFileData(str(entry.xet), route), headers=headers)
+    return get_xet_session().new_download_stream_group(
+        endpoint=info.endpoint,
+        token=info.access_token,
+        token_expiry_unix_secs=info.expiration_unix_epoch,
+        token_refresh_url=route,
+        token_refresh_headers=headers,
+        custom_headers=xet_headers_without_auth(headers),
+    )
