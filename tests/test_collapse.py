@@ -265,8 +265,10 @@ def test_biases_norms_and_full_differences_change(tmp_path: Path, sd1: Path) -> 
     torch.testing.assert_close(after[f"{LDM[FF]}.weight"], before[f"{LDM[FF]}.weight"] + 0.5 * diff)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("float8_e4m3fn", 0.07)])
-def test_small_floats_are_rounded_from_fp32(tmp_path: Path, sd1: Path, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3), ("float8_e4m3fn", 0.07)]
+)
+def test_every_float_dtype_is_kept(tmp_path: Path, sd1: Path, dtype: str, tolerance: float) -> None:
     kind = getattr(torch, dtype)
     tensors = {
         key: value.to(kind) if value.is_floating_point() else value
@@ -306,6 +308,15 @@ def test_a_strength_for_a_component_that_the_adapter_lacks_is_a_mistake(tmp_path
             Input(path=str(path), strengths=("text_encoder_9=1",)),
             out=tmp_path / "out.safetensors",
         )
+
+
+def test_a_strength_for_a_component_that_only_one_of_the_adapters_has_is_none(tmp_path: Path, sd1: Path) -> None:
+    made = tiny.make(pipeline("sd1"), ("unet", "text_encoder"), only=(FF, "encoder.layers.0.mlp.fc1"), family="sd1")
+    both = write(made.adapter, tmp_path / "both.safetensors")
+    path, _ = lora(tmp_path / "style.safetensors")
+    inputs = [Input(path=str(file), strengths=("text_encoder=0",)) for file in (both, path)]
+    done = run(sd1 / "sd1.safetensors", *inputs, out=tmp_path / "out.safetensors")
+    assert [(account.skipped, len(account.matched)) for account in done.report.accounts] == [(1, 1), (0, 1)]
 
 
 def test_a_replaced_weight_is_what_it_is_at_any_strength(tmp_path: Path, sd1: Path) -> None:
@@ -394,6 +405,41 @@ def test_a_denoiser_alone_takes_what_concerns_it(tmp_path: Path, sd1: Path) -> N
     done = run(sd1 / "sd1/unet/diffusion_pytorch_model.safetensors", style, out=tmp_path / "out.safetensors")
     account = done.report.accounts[0]
     assert (account.matched, account.unmatched) == ([f"unet.{Q}"], ["text_encoder.text_model.encoder.layers.0.mlp.fc1"])
+
+
+def test_a_component_folder_becomes_one_again(tmp_path: Path, sd1: Path) -> None:
+    path, made = lora(tmp_path / "style.safetensors")
+    run(sd1 / "sd1/unet", path, out=tmp_path / "unet")
+    assert (tmp_path / "unet/config.json").read_bytes() == (sd1 / "sd1/unet/config.json").read_bytes()
+    got = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")[f"{Q}.weight"]
+    wanted = states("sd1")["unet"][f"{Q}.weight"].double() + made.delta(("unet", Q))
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", ["native", "diffusers"])
+def test_a_product_that_spans_a_fused_weight_is_added_where_its_parts_lie(tmp_path: Path, form: str) -> None:
+    """A LoKr of Flux' qkv cannot be cut into q, k and v; its change can."""
+    base = single("flux1", tmp_path) if form == "native" else tmp_path / "flux1"
+    if form == "diffusers":
+        saved("flux1", tmp_path)
+    parts = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "qkv"]
+    before = states("flux1")["transformer"]
+    rows, columns = sum(before[part].shape[0] for part in parts), before[parts[0]].shape[1]
+    w1, w2 = rand(2, 2), rand(rows // 2, columns // 2)  # two blocks of rows: a border inside k
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    style = tmp_path / "style.safetensors"
+    save_file({f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": torch.tensor(1e10)}, style)
+    out = tmp_path / ("out.safetensors" if form == "native" else "out")
+    done = run(base, Input(path=str(style), strength=0.5), out=out, family="flux1", check=10)
+    assert done.passed
+    assert len(done.report.shares) == (1 if form == "native" else 3)
+    if form == "native":
+        after = load_file(out)
+        got = next(after[key] for key in done.report.shares)
+    else:
+        got = torch.cat([loaded(out)["transformer"][part] for part in parts])
+    wanted = torch.cat([before[part] for part in parts]).double() + 0.5 * torch.kron(w1.double(), w2.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-6)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
@@ -637,6 +683,12 @@ def test_a_dry_run_writes_nothing_and_an_existing_output_is_kept(tmp_path: Path,
     with pytest.raises(WouldOverwrite):
         run(sd1 / "sd1.safetensors", path, out=tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
+
+
+def test_an_output_never_replaces_an_input(tmp_path: Path, sd1: Path) -> None:
+    path, _ = lora(tmp_path / "style.safetensors")
+    with pytest.raises(UsageProblem, match="the output is an input"):
+        run(sd1 / "sd1.safetensors", path, out=path, force=True)
 
 
 def test_lineage_goes_into_the_library(tmp_path: Path, sd1: Path) -> None:

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from hubtool.errors import UsageProblem
-from hubtool.formats import open_file
-from hubtool.ops.methods import Method, find, known
-from hubtool.ops.methods._noise import seeded, uniform
-from hubtool.ops.methods._statistics import largest
-from hubtool.tensors import tiles
-from hubtool.tensors.expr import Read
-from hubtool.tensors.parallel import write_safetensors_parallel
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from hubtool.errors import UsageProblem  # noqa: E402
+from hubtool.formats import open_file  # noqa: E402
+from hubtool.ops.methods import Method, find, known  # noqa: E402
+from hubtool.ops.methods._noise import seeded, uniform  # noqa: E402
+from hubtool.ops.methods._statistics import largest  # noqa: E402
+from hubtool.tensors import tiles  # noqa: E402
+from hubtool.tensors.expr import Read  # noqa: E402
+from hubtool.tensors.parallel import write_safetensors_parallel  # noqa: E402
 
 Tensor = torch.Tensor
 

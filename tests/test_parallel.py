@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from hubtool.errors import BadValues, CorruptFile, FileError, ShapeMismatch, WouldOverwrite
-from hubtool.formats import open_file
-from hubtool.tensors import parallel, tiles
-from hubtool.tensors.evaluate import compute
-from hubtool.tensors.expr import Compute, Concat, Expr, Item, Joint, Literal, Permute, Read, Reshape, Rows
-from hubtool.tensors.parallel import write_safetensors_parallel
-from hubtool.tensors.writer import sweep_parts, write_safetensors
+torch = pytest.importorskip("torch")
+
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from hubtool.errors import BadValues, CorruptFile, FileError, ShapeMismatch, WouldOverwrite  # noqa: E402
+from hubtool.formats import open_file  # noqa: E402
+from hubtool.tensors import parallel, tiles  # noqa: E402
+from hubtool.tensors.evaluate import compute  # noqa: E402
+from hubtool.tensors.expr import Compute, Concat, Expr, Item, Joint, Literal, Permute, Read, Reshape, Rows  # noqa: E402
+from hubtool.tensors.parallel import write_safetensors_parallel  # noqa: E402
+from hubtool.tensors.writer import sweep_parts, write_safetensors  # noqa: E402
 
 
 def double(tensor: torch.Tensor) -> torch.Tensor:

@@ -319,6 +319,17 @@ def test_a_nested_recipe_is_run_first_and_kept_in_the_stamp(tmp_path: Path, stoc
     assert verdict.same
 
 
+def test_operations_nest_in_one_another(tmp_path: Path, stock: Path) -> None:
+    both = Recipe(
+        "merge", tuple(Input(path=f"{name}.safetensors", strength=0.5) for name in ("style", "detail")), method="concat"
+    )
+    run(asked(Input(recipe=both, role="adapter")), tmp_path / "out.safetensors", stock)
+    kept, _ = actions.read(tmp_path / "out.safetensors")
+    assert kept.inputs[1].recipe is not None
+    assert [one.name for one in kept.inputs[1].recipe.inputs] == ["style.safetensors", "detail.safetensors"]
+    assert actions.check(tmp_path / "out.safetensors", RunOptions(search=(stock,))).same
+
+
 def test_other_bytes_than_the_recipe_means_are_refused(tmp_path: Path, stock: Path) -> None:
     recipe = asked(Input(path="style.safetensors", sha256="0" * 64, role="adapter"))
     with pytest.raises(ConversionError, match="other bytes"):
@@ -334,6 +345,12 @@ def test_recipes_nested_without_end_are_refused(tmp_path: Path) -> None:
         recipe = Recipe("collapse", (Input(recipe=recipe),))
     with pytest.raises(UsageProblem, match="deep"):
         run(recipe, tmp_path / "out.safetensors")
+
+
+def test_an_operation_that_no_recipe_can_ask_for_is_a_mistake(tmp_path: Path, stock: Path) -> None:
+    recipe = Recipe("convert", (Input(path="style.safetensors"),))
+    with pytest.raises(UsageProblem, match="convert"):
+        run(recipe, tmp_path / "out.safetensors", stock)
 
 
 def test_check_repeats_an_output_to_the_byte_and_notices_a_change(tmp_path: Path, stock: Path) -> None:

@@ -109,10 +109,9 @@ def look_up(
 
     rows = chosen(store, refs)
     client = client or Civitai()
-    before = hub_facts.answers(store, (row.sha256 for row in rows if row.sha256))
-    asked = {row.sha256 for row in rows if row.sha256 and (refresh or _expired(before.get(row.sha256), clock()))}
+    asked = _unanswered(store, rows, refresh, clock())
     result = Lookup(asked=len(asked))
-    answered = set(before) - asked
+    answered = {row.sha256 for row in rows if row.sha256} - asked
     try:
         for digests, versions in client.versions(sorted(asked)):
             _keep(store, client, digests, versions, clock)
@@ -126,6 +125,17 @@ def look_up(
     result.found = [_found(store, row, after, answered) for row in rows]
     record_claims(store, _claims(found for found in result.found if found.row.sha256 in asked))
     return result
+
+
+def plan(reader: Reader, refs: Sequence[str] = (), *, refresh: bool = False) -> set[str]:
+    """The hashes that ``look_up`` would send now."""
+    return _unanswered(reader, chosen(reader, refs), refresh, time.time())
+
+
+def _unanswered(reader: Reader, rows: Sequence[Row], refresh: bool, now: float) -> set[str]:
+    digests = {row.sha256 for row in rows if row.sha256}
+    before = {} if refresh else hub_facts.answers(reader, digests)
+    return {digest for digest in digests if _expired(before.get(digest), now)}
 
 
 def _expired(answer: Answer | None, now: float) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.recipe import Hashes, RunOptions, fingerprint, locate, resolve
+from hubtool.actions.late_hashes import LateHashes
+from hubtool.actions.recipe import RunOptions, fingerprint, locate, resolve
 from hubtool.actions.where import library_exists
 from hubtool.errors import NotFound, RegistryError, UsageProblem
 from hubtool.formats import open_file
@@ -19,6 +21,7 @@ from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe
 from hubtool.ops.strengths import Strengths, parse
+from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:
     from hubtool.ops.collapse.checking import Compared, Verdict
@@ -111,7 +114,11 @@ def _adapters(file: TensorFile, adapters: Sequence[Input], options: Options) -> 
         )
     known = kept.by_role("adapter")
     if not known:
-        raise NotFound("the recipe of this checkpoint names no adapter", path=file.path, hint="name the adapters and their strengths")
+        raise NotFound(
+            "the recipe of this checkpoint names no adapter",
+            path=file.path,
+            hint="name the adapters and their strengths",
+        )
     where = RunOptions(library=options.library, folder=file.path.resolve().parent, search=options.search)
     return [resolve(one, where) for one in known], known
 
@@ -152,8 +159,11 @@ class _Job:
 
 
 def _run(job: _Job, progress: Progress | None) -> Collapsed:
+    inputs = [job.file.path, *job.paths]
+    if job.output is not None and any(same_file(job.output, path) for path in inputs):
+        raise UsageProblem("the output is an input", path=job.output, hint="choose another name")
     options = job.options
-    hashes = None if options.dry_run else Hashes([job.file.path, *job.paths])
+    late = None if options.dry_run else LateHashes(inputs, {})  # starts hashing
     base = ops.Base(job.file, options.family)
     files = [open_file(path) for path in job.paths]
     parts = [
@@ -163,29 +173,23 @@ def _run(job: _Job, progress: Progress | None) -> Collapsed:
         base, parts, container=job.container, undo=options.undo, allow_mismatch=options.allow_mismatch
     )
     recipe = job.recipe(made)
-    if hashes is None or job.output is None:
+    if late is None or job.output is None:
         return Collapsed(made, report, None, made.bytes_out, recipe)
-    _load_torch()
-    parents = [
-        Parent.of(file, hashes.of(path))
-        for file, path in zip([job.file, *files], [job.file.path, *job.paths], strict=True)
-    ]
-    made = made if made.header is not None else recipes.stamp(made, recipe, parents)
+    parents = [Parent.of(file, late.mark(path)) for file, path in zip([job.file, *files], inputs, strict=True)]
+    stamped = made.header is None  # else the output is the base again, to the byte
+    made = recipes.stamp(made, recipe, parents) if stamped else made
     size = execute(
-        made, job.output, force=options.force, progress=progress, device=options.device, workers=options.workers
-    )
+        made, job.output, force=options.force, progress=progress, device=options.device, workers=options.workers,
+        late=late.complete if stamped else None,
+    )  # fmt: skip
     done = Collapsed(made, report, job.output, size, recipe)
-    return _checked(replace(done, warning=_record(job, recipe)), base, job)
+    warning = _record(job, lambda: late.complete(recipes.dump(recipes.anonymous(recipe, parents)).encode()))
+    return _checked(replace(done, warning=warning), base, job)
 
 
 def strengths_of(one: Input) -> Strengths:
     """The strengths that an input of a recipe states."""
     return parse(one.strengths, one.blocks, one.strength)
-
-
-def _load_torch() -> None:
-    """Torch takes a second to load; the hashes are taken meanwhile."""
-    import torch  # noqa: F401
 
 
 def _checked(done: Collapsed, base: ops.Base, job: _Job) -> Collapsed:
@@ -205,7 +209,7 @@ def _checked(done: Collapsed, base: ops.Base, job: _Job) -> Collapsed:
     return replace(done, restored=None if before is None else fingerprint(job.output) == before)
 
 
-def _record(job: _Job, recipe: Recipe) -> str | None:
+def _record(job: _Job, recipe: Callable[[], bytes]) -> str | None:
     """Lineage, where an input is in the library; the output stands whatever happens here, so a busy library is only told."""
     if not library_exists(job.options.library) or job.output is None:
         return None
@@ -213,7 +217,7 @@ def _record(job: _Job, recipe: Recipe) -> str | None:
 
     try:
         record_conversion(
-            job.options.library, job.output, [job.file.path, *job.paths], "collapse", {"recipe": recipe.to_json()}
+            job.options.library, job.output, [job.file.path, *job.paths], "collapse", {"recipe": json.loads(recipe())}
         )
     except RegistryError as error:
         return f"lineage was not recorded: {error.message}"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hubtool.actions.where import library_exists
-from hubtool.errors import ConversionError, FileMissing, NotFound, UsageProblem
+from hubtool.errors import ConversionError, FileMissing, HubtoolError, NotFound, UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops import recipe as recipes
 from hubtool.ops.recipe import Input, Recipe
@@ -74,18 +75,22 @@ class Verdict:
 
 
 class Hashes:
-    """Fingerprints of inputs, taken by a thread of its own from the start: what else starts meanwhile (torch) hides their time."""
+    """Fingerprints of inputs, taken by a thread of its own from the start: what else happens meanwhile hides their time."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hubtool-hash")
-        self._found: dict[Path, Future[str]] = {}
-        for path in paths:
-            if path not in self._found:
-                self._found[path] = self._pool.submit(fingerprint, path)
-        self._pool.shutdown(wait=False)
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._found: dict[Path, Future[str]] = {path: Future() for path in paths}
+        # a daemon: after an error nobody waits for the rest
+        threading.Thread(target=self._take, name="hubtool-hash", daemon=True).start()
+
+    def _take(self) -> None:
+        for path, future in self._found.items():
+            try:
+                future.set_result(fingerprint(path))
+            except (HubtoolError, OSError) as error:
+                future.set_exception(error)
 
     def of(self, path: Path) -> str:
-        """Wait for the fingerprint of one of the paths."""
+        """Wait for the fingerprint of one of the paths. Raises what reading it raised."""
         return self._found[path].result()
 
 
@@ -189,10 +194,15 @@ def _depth(recipe: Recipe) -> int:
 
 
 def _action(operation: str) -> Callable[..., Any]:
+    name = f"hubtool.actions.{operation}"
+    found: Callable[..., Any] | None = None
     try:
-        found: Callable[..., Any] = import_module(f"hubtool.actions.{operation}").run_recipe
-    except (ImportError, AttributeError):
-        raise UsageProblem(f"no recipe can ask for {operation!r}") from None
+        found = getattr(import_module(name), "run_recipe", None)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+    if found is None:
+        raise UsageProblem(f"no recipe can ask for {operation!r}")
     return found
 
 
@@ -227,7 +237,8 @@ def check(source: Path, options: RunOptions | None = None, progress: Progress | 
             hint='add "output": {"sha256": ...}, or check the output itself',
         )
     here = options.folder or path.resolve().parent
-    with tempfile.TemporaryDirectory(dir=here, prefix=".hubtool-check-") as name:
+    beside = here if os.access(here, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".hubtool-check-") as name:
         output = Path(name) / (path.name if not plain else _name(recipe))
         found = run(recipe, output, replace(options, folder=here, dry_run=False), progress)
     return Verdict(path, expected, found.sha256 or "")

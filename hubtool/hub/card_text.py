@@ -20,6 +20,10 @@ _KIND_TAGS = {
     "finetune": ("checkpoint", "diffusers"),
 }
 _ALGORITHM_TAGS = {"loha": "lycoris", "lokr": "lycoris", "locon": "lycoris", "oft": "lycoris", "glora": "lycoris"}
+_PLACES = {
+    "adapter": "In ComfyUI put a file into `models/loras`, in A1111 into `models/Lora`.",
+    "embedding": "In ComfyUI and A1111 put a file into `embeddings`; its name is then the word to write.",
+}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
 
@@ -103,16 +107,14 @@ def _strength(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     made = snippet(facts)
-    how = [f"## Use\n\n```py\n{made.rstrip()}\n```"] if made else ["## Use"]
     url = f"{facts.endpoint}/{facts.repo}/resolve/main"
-    for listed in _weights(facts):
-        note = f" ({listed.note})" if listed.note else ""
-        how.append(f"- [{_markdown(listed.path)}]({url}/{quote(listed.path)}){note}, {listed.size} bytes")
-    if facts.card == "adapter" and facts.loads != "peft":
-        how.append("In ComfyUI put a file into `models/loras`, in A1111 into `models/Lora`.")
-    if facts.card == "embedding":
-        how.append("In ComfyUI and A1111 put a file into `embeddings`; its name is then the word to write.")
-    return "\n\n".join(how[:1]) + "\n\n" + "\n".join(how[1:])
+    lines = [
+        f"- [{_markdown(one.path)}]({url}/{quote(one.path)}){f' ({one.note})' if one.note else ''}, {one.size} bytes"
+        for one in _weights(facts)
+    ]
+    where = "" if facts.loads == "peft" else _PLACES.get(facts.card, "")
+    parts = ["## Use", f"```py\n{made.rstrip()}\n```" if made else "", "\n".join(lines), where if lines else ""]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _weights(facts: Facts) -> Iterator[Listed]:

@@ -25,7 +25,9 @@ _KEY = re.compile(r"([A-Za-z_][\w-]*|\"[^\"]+\"|'[^']+')[ \t]*:(?:\s|$)")
 _BLOCK = re.compile(
     r"^<!-- hubtool:begin ([a-z-]+) -->[ \t]*\n(.*?)^<!-- hubtool:end \1 -->[ \t]*$", re.DOTALL | re.MULTILINE
 )
+_LINE = re.compile(r"[^\n]*\n|[^\n]+\Z")  # not splitlines(): it knows ends of lines that YAML does not
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
+_ODD_ENDS = frozenset("\x85\u2028\u2029\ufeff")
 _MAX_CARD = 2 << 20
 
 
@@ -117,7 +119,12 @@ def load_yaml(text: str, path: str = "README.md") -> dict[str, Any]:
 
 def dump_yaml(value: Mapping[str, Any]) -> str:
     """YAML of a mapping in its own order; everything a person could misread as another type is quoted."""
-    return str(_yaml().safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=1000)) if value else ""
+    if not value:
+        return ""
+    dump = _yaml().safe_dump
+    text = str(dump(dict(value), sort_keys=False, allow_unicode=True, width=1000))
+    # PyYAML writes these as they are and reads them as line ends
+    return str(dump(dict(value), sort_keys=False, width=1000)) if _ODD_ENDS & set(text) else text
 
 
 def edit(source: str, front: Mapping[str, Any]) -> str:
@@ -139,7 +146,7 @@ def _chunks(source: str) -> Iterator[tuple[str | None, str]]:
     key: str | None = None
     held: list[str] = []  # comments and blank lines that belong to what follows
     chunk: list[str] = []
-    for line in source.splitlines(keepends=True):
+    for line in _LINE.findall(source):
         match = _KEY.match(line)
         if match:
             if chunk:
@@ -157,7 +164,7 @@ def _chunks(source: str) -> Iterator[tuple[str | None, str]]:
 
 
 def _comments(chunk: str) -> str:
-    lines = chunk.splitlines(keepends=True)
+    lines = _LINE.findall(chunk)
     first = next((at for at, line in enumerate(lines) if _KEY.match(line)), 0)
     return "".join(lines[:first])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from hubtool.errors import HubError
 from hubtool.hub.client import Client, Entry
@@ -25,15 +26,20 @@ class Remote:
     listed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the library recorded about a file of a repository: the bytes by SHA256, or by git blob id where it is not in LFS."""
+class Known(Protocol):
+    """What was recorded about a file of a repository: its bytes by SHA256, or by git blob id (``etag``) where it is not in LFS."""
 
-    repo: str
-    path: str
-    commit: str
-    sha256: str | None
-    etag: str | None
+    @property
+    def repo(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def sha256(self) -> str | None: ...
+
+    @property
+    def etag(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)

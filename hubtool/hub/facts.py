@@ -61,6 +61,7 @@ class Facts:
     recipe: str | None = None
     components: tuple[str, ...] = ()
     nsfw: bool = False
+    claimed_licence: str | None = None  # what the header of the file says
     endpoint: str = HUGGING_FACE
 
     @property

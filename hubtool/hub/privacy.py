@@ -108,6 +108,10 @@ class Cleaning:
         self._secrets(text, where)
         return text
 
+    def line(self, text: str) -> str:
+        """A line for the card (a title, a trigger word) without paths."""
+        return text if self.keep else self._text(text, deliberate=True)
+
     def raw(self, data: bytes, where: str) -> None:
         """Look for secrets in the bytes of a small file."""
         self._secrets(data.decode("latin-1"), where)
@@ -136,7 +140,7 @@ class Cleaning:
         shorter = _PATH.sub(lambda match: last_part(match[0]), text)
         if deliberate or not self.names:
             return shorter
-        return re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(self.names)))})(?!\w)", "user", shorter)
+        return re.sub(rf"(?<![^\W_])(?:{'|'.join(map(re.escape, sorted(self.names)))})(?![^\W_])", "user", shorter)
 
 
 def _document(text: str) -> Any:

@@ -6,11 +6,12 @@ the answer was lost (spec/hub.md 3.2, 3.7). Here every try begins with looking: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hubtool.errors import CorruptFile, HubError
+from hubtool.errors import CorruptFile, HubError, HubtoolError
 from hubtool.hub.client import Client, Entry
 from hubtool.hub.errors import explain, failures, names_of, status_of, wait_of
 from hubtool.hub.layout import CARD, INDEX
@@ -138,6 +139,21 @@ def is_transient(error: BaseException, endpoint: str) -> bool:
     return type(error) is RuntimeError or ("ConnectionError" in names_of(error) and "xet-write-token" not in str(error))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """huggingface_hub draws bars of its own, also where nobody looks."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def publish(repository: Repository, request: Request) -> Published:
     """Bring the repository to what ``request.prepare`` wants, in one commit or pull request. Nothing to do: no commit.
 
@@ -153,7 +169,8 @@ def publish(repository: Repository, request: Request) -> Published:
             return _checked(repository, replace(done, tries=attempt + 1))
         rows = changes(desired.uploads, remote, desired.deleted)
         try:
-            info = repository.commit(request, rows, desired, str(remote.head))
+            with _quiet():
+                info = repository.commit(request, rows, desired, str(remote.head))
         except failures() as error:
             _wait(repository, error, attempt)
             remote = repository.remote()
@@ -171,11 +188,17 @@ def _wait(repository: Repository, error: BaseException, attempt: int) -> None:
     """Wait for the next try. Raises ``HubError`` when there is no point in one."""
     client = repository.client
     if attempt == TRIES - 1 or not is_transient(error, client.endpoint):
-        raise explain(error, repository.ref, client.endpoint) from error
+        raise _refused(explain(error, repository.ref, client.endpoint), error) from error
     response = getattr(error, "response", None)
     asked = wait_of(response.headers) if response is not None else None
     if status_of(error) != 412:  # somebody else was faster: nothing to wait for
         client.sleep(min(_LONGEST, asked if asked is not None else _PAUSE * 2**attempt))
+
+
+def _refused(said: HubtoolError, error: BaseException) -> HubtoolError:
+    if status_of(error) == 403:
+        said.hint = f"{said.hint}; or open a pull request with --pr"
+    return said
 
 
 def _created(repository: Repository, request: Request) -> Remote:

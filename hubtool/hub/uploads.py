@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from hubtool.errors import FileError, FileMissing
 from hubtool.hub.layout import CARD, INDEX
+from hubtool.hub.validation import MAX_REGULAR
 
 Action = Literal["add", "change", "keep", "delete"]
 _CHUNK = 1 << 20
@@ -41,7 +42,8 @@ def upload(path: str, source: Path | bytes, role: str = "file", *, origin: Path 
     for chunk in _chunks(source):
         seen += len(chunk)
         sha256.update(chunk)
-        sha1.update(chunk)
+        if size <= MAX_REGULAR:  # larger files are always in LFS
+            sha1.update(chunk)
     if seen != size:
         raise FileError("the file changes while it is read", path=path)
     told = {key: value for key, value in about.items() if value not in (None, "", (), [])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ RELATIONS = ("adapter", "finetune", "merge", "quantized")
 _LISTS = ("tags", "datasets", "language", "metrics", "base_model", "license")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_ENDS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".yaml", ".json")
+_CODE = re.compile(r"^```(?:py|python)[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_REGULAR = 10 << 20  # bytes of a file that is not in LFS
 
 
@@ -99,18 +101,46 @@ def _widget(front: Mapping[str, Any]) -> Iterator[Finding]:
             yield _error("an entry of widget is not {text, output: {url}}")
 
 
-def gallery(front: Mapping[str, Any]) -> list[str]:
-    """The pictures that a card's gallery shows, as paths in the repository or URLs."""
-    rows = [row.get("output") for row in _items(front.get("widget")) if isinstance(row, Mapping)]
-    return [row["url"] for row in rows if isinstance(row, Mapping) and isinstance(row.get("url"), str)]
+def examples(front: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The pictures that a card's gallery shows: (path in the repository or URL, prompt, negative prompt)."""
+    rows = [row for row in _items(front.get("widget")) if isinstance(row, Mapping)]
+    found = []
+    for row in rows:
+        output, parameters = row.get("output"), row.get("parameters")
+        url = output.get("url") if isinstance(output, Mapping) else None
+        negative = parameters.get("negative_prompt", "") if isinstance(parameters, Mapping) else ""
+        if isinstance(url, str):
+            found.append((url, str(row.get("text", "")), str(negative)))
+    return found
 
 
 def check_files(front: Mapping[str, Any], files: Collection[str]) -> list[Finding]:
     """Whether the pictures and the licence text that a card names are files of the repository."""
     link = front.get("license_link")
-    named = [*gallery(front), *([link] if isinstance(link, str) else [])]
+    named = [*(url for url, _, _ in examples(front)), *([link] if isinstance(link, str) else [])]
     lost = [name for name in named if "://" not in name and name not in files]
     return [_error(f"the card names {name!r}, which is not in the repository") for name in lost]
+
+
+def check_body(body: str, files: Collection[str] | None = None) -> list[Finding]:
+    """Whether the Python in a card can be read, and whether the weights that it names are files of the repository."""
+    found = []
+    for number, match in enumerate(_CODE.finditer(body), start=1):
+        try:
+            tree = ast.parse(match[1])
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            found.append(Finding("card-snippet", "warning", f"snippet {number} of the card is no Python"))
+            continue
+        texts = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        named = sorted(text for text in texts if text.endswith(".safetensors") and "://" not in text)
+        lost = [name for name in named if files is not None and name not in files]
+        found += [
+            Finding("card-snippet", "warning", f"a snippet of the card reads {name!r}, which is not in the repository")
+            for name in lost
+        ]
+    return found
 
 
 def check_path(path: str, size: int, *, lfs: bool) -> Finding | None:

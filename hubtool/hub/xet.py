@@ -7,11 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from hubtool.hub.client import Client, Entry
 from hubtool.hub.refs import HubRef
+
+_LIMITS: dict[str, Any] = {
+    "client.retry_max_attempts": 2,
+    "client.retry_base_delay": "200ms",
+    "client.retry_max_duration": "20s",
+    "client.connect_timeout": "10s",
+    "client.read_timeout": "30s",
+    "reconstruction.download_buffer_size": 96_000_000,
+    "reconstruction.download_buffer_perfile_size": 64_000_000,
+    "reconstruction.download_buffer_limit": 128_000_000,
+    "reconstruction.min_prefetch_buffer": 64_000_000,
+    "reconstruction.min_reconstruction_fetch_size": 64_000_000,
+    "telemetry.enabled": False,
+}
 
 
 def is_possible(entry: Entry) -> bool:
@@ -40,10 +56,20 @@ def stream(client: Client, ref: HubRef, entry: Entry, start: int) -> Iterator[by
         yield from group.download_stream(hf_xet.XetFileInfo(entry.xet, entry.size), start=start)
 
 
+@cache
+def _session(_pid: int) -> Any:
+    """A session of this process with limits of our own: huggingface_hub's waits minutes where HTTP could step in, and buffers 1.5 GB."""
+    hf_xet: Any = import_module("hf_xet")
+    config = hf_xet.XetConfig()
+    for name, value in _LIMITS.items():
+        with suppress(ValueError, TypeError, KeyError, AttributeError, RuntimeError):  # another release has other names
+            config = config.with_config(name, value)
+    return hf_xet.XetSession(config)
+
+
 def _group(client: Client, ref: HubRef, entry: Entry) -> Any:
     from huggingface_hub.utils._xet import (
         XetFileData,
-        get_xet_session,
         refresh_xet_connection_info,
         xet_headers_without_auth,
     )
@@ -51,7 +77,7 @@ def _group(client: Client, ref: HubRef, entry: Entry) -> Any:
     route = f"{client.endpoint}/api/models/{ref.repo}/xet-read-token/{ref.branch}"
     headers = client.headers(route)
     info = refresh_xet_connection_info(file_data=XetFileData(str(entry.xet), route), headers=headers)
-    return get_xet_session().new_download_stream_group(
+    return _session(os.getpid()).new_download_stream_group(
         endpoint=info.endpoint,
         token=info.access_token,
         token_expiry_unix_secs=info.expiration_unix_epoch,

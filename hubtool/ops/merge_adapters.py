@@ -8,52 +8,40 @@ factors of itself: beside another input's change of the same module they are ref
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from hubtool.adapters.fusing import same
-from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
+from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
-from hubtool.errors import ConversionError, Unsupported, UsageProblem
-from hubtool.formats.base import TensorFile
-from hubtool.layouts import vocabulary
-from hubtool.layouts.emission import Emission, Loss
-from hubtool.layouts.parse import Parsed, parse_file
-from hubtool.layouts.receipt import carried_metadata
+from hubtool.errors import Unsupported, UsageProblem
+from hubtool.layouts import tables, vocabulary
 from hubtool.ops import adapters as spelling
-from hubtool.ops.adapters import _container
 from hubtool.ops.convert import DTYPES
-from hubtool.ops.factor_space import fused, terms
+from hubtool.ops.factor_space import fused, output, reading, terms
 from hubtool.ops.factor_space.blend import Space
 from hubtool.ops.factor_space.budget import Budget, ranks
 from hubtool.ops.factor_space.coefficients import combines
-from hubtool.ops.factor_space.modules import Asked, Job, Slot, finished, prepare
+from hubtool.ops.factor_space.modules import Asked, Job, Slot, finished, prepare, side_by_side
+from hubtool.ops.factor_space.reading import Source
 from hubtool.ops.factor_space.report import Module, Report
 from hubtool.ops.factor_space.spectra import spectra
 from hubtool.ops.methods import Method, find
 from hubtool.ops.plan import Plan
 from hubtool.ops.strengths import Strengths
-from hubtool.tensors.dtypes import BITS, FLOATS
-from hubtool.tensors.expr import Expr, size
-from hubtool.tensors.ref import TensorRef
+from hubtool.tensors.dtypes import BITS
+from hubtool.tensors.expr import size
+
+__all__ = ["Report", "Request", "Source", "plan"]
 
 _NAMES = MappingProxyType({"concat": "weighted_sum", "linear": "weighted_sum"})
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """An input and how strong it counts."""
-
-    file: TensorFile
-    strengths: Strengths = field(default_factory=Strengths)
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked. ``method``: an id of ``ops.methods``, or ``linear``/``concat`` for the weighted sum (concat: every rank kept).
+    """What was asked. ``method``: an id of ``ops.methods``, or ``linear``/``concat`` for the weighted sum. ``concat``
+    keeps every rank, and every number where all strengths * alpha / rank of a module are equal: alpha then says what they are.
 
     ``budget``: how many ranks; without one a sum keeps every rank, and a method that looks at entries keeps as many as the inputs have
     together. ``space``: where such a method looks (``dense`` products, ``core``, ``knots``). ``alpha``: None for alpha = rank where
@@ -84,11 +72,11 @@ def plan(inputs: Sequence[Source], request: Request, base: Source | None = None)
     request = replace(request, dtype=_dtype(request.dtype))
     method = _method(request, len(inputs), base is not None)
     sources = [*inputs, *([] if base is None else [base])]
-    parsed = _parsed(sources, request)
+    parsed = reading.read(sources, request.family)
     first = parsed[0]
     adapters = [spelling.selected(one.adapter, request.component) for one in parsed]
     family = first.adapter.family or next(iter(first.candidates), None)
-    _check_strengths([one.strengths for one in inputs], adapters, family)
+    reading.check([one.strengths for one in inputs], adapters, family)
     strengths = [one.strengths.resolved(family) for one in inputs]
     report = Report(len(inputs))
     asked = Asked(
@@ -104,29 +92,10 @@ def plan(inputs: Sequence[Source], request: Request, base: Source | None = None)
     naming = _naming(request.layout or str(first.layout), family)
     slots = _slots(adapters, strengths, naming, family)
     patches = _patches(_jobs(slots, asked, request, report), asked, request, report)
-    merged = _adapter(adapters, patches, first.adapter.family, report)
+    merged = output.adapter(adapters, patches, first.adapter.family, report)
     emission = spelling.spelled(merged, request.layout or str(first.layout), first, request.family)
-    return _plan(sources, merged, emission, request, report), report
-
-
-def between(inputs: Sequence[Source], steps: int, request: Request) -> Iterator[tuple[float, Plan, Report]]:
-    """``steps`` plans from the first input (t = 0) to the second (t = 1), both ends included; by ``weighted_sum`` or ``slerp``."""
-    if len(inputs) != 2 or steps < 2:
-        raise UsageProblem("steps lead from one adapter to another", hint="name two adapters, and at least 2 steps")
-    for step in range(steps):
-        t = step / (steps - 1)
-        moved = [_times(one, share) for one, share in zip(inputs, (1 - t, t), strict=True)]
-        yield t, *plan(moved, request)
-
-
-def _times(source: Source, share: float) -> Source:
-    """The source at ``share`` of its strengths."""
-    old = source.strengths
-    components = MappingProxyType({name: value * share for name, value in old.components.items()})
-    patterns = tuple((pattern, value * share) for pattern, value in old.patterns)
-    return replace(
-        source, strengths=replace(old, default=old.default * share, components=components, patterns=patterns)
-    )
+    made = output.plan(inputs[0].file.path, merged, emission, report, request.format, request.dtype)
+    return made, report
 
 
 def _method(request: Request, inputs: int, based: bool) -> Method:
@@ -150,72 +119,7 @@ def _dtype(name: str | None) -> str | None:
     return found
 
 
-def _parsed(sources: Sequence[Source], request: Request) -> list[Parsed]:
-    """Every input, read as one family; as the candidates they share where no file can tell. Raises ``ConversionError``."""
-    found = [parse_file(one.file, request.family) for one in sources]
-    known = {
-        one.adapter.family: source.file.path.name
-        for one, source in zip(found, sources, strict=True)
-        if one.adapter.family
-    }
-    if len(known) > 1:
-        told = ", ".join(f"{name} is {family}" for family, name in known.items())
-        raise ConversionError(
-            f"adapters of different families: {told}", hint="an adapter only means something beside its base"
-        )
-    family = next(iter(known), None)
-    found = [_as(family, one, source.file) for one, source in zip(found, sources, strict=True)]
-    for one, source in zip(found, sources, strict=True):
-        _refuse(one.adapter, source.file)
-    return found if family else _shared(found, sources[-1].file)
-
-
-def _shared(found: list[Parsed], file: TensorFile) -> list[Parsed]:
-    """Adapters of unknown family, each with only the candidates that fit all of them."""
-    common = tuple(name for name in found[0].candidates if all(name in one.candidates for one in found))
-    if not common and any(one.candidates for one in found):
-        raise ConversionError(
-            "no one family has the modules of all inputs", path=file.path, hint="hubtool explain shows what fits"
-        )
-    return [replace(one, candidates=common) for one in found]
-
-
-def _as(family: str | None, parsed: Parsed, file: TensorFile) -> Parsed:
-    """An adapter that fits several families, read as the one the others have."""
-    if family is None or parsed.adapter.family == family:
-        return parsed
-    if family not in parsed.candidates:
-        told = ", ".join(parsed.candidates) or "no known family"
-        raise ConversionError(f"an adapter of {told} beside one of {family}", path=file.path)
-    return parse_file(file, family)
-
-
-def _refuse(adapter: Adapter, file: TensorFile) -> None:
-    errors = [finding.message for finding in adapter.findings if finding.severity == "error"]
-    if errors:
-        raise ConversionError(f"the adapter cannot be merged safely: {errors[0]}", path=file.path)
-    if not adapter.patches:
-        raise ConversionError("this adapter changes no module", path=file.path, hint=f"hubtool inspect {file.path}")
-
-
-def _check_strengths(strengths: Sequence[Strengths], adapters: Sequence[Adapter], family: str | None) -> None:
-    """Every part of a strength means some module, and no input counts nothing at all."""
-    every = [key for adapter in adapters for key in adapter.patches]
-    for one, adapter in zip(strengths, adapters, strict=False):
-        lost = one.unmatched(every, family)
-        if lost:
-            parts = ", ".join(dict.fromkeys(component for component, _ in every))
-            raise UsageProblem(
-                f"no module is called {lost[0]}", hint=f"the adapters change {parts}; hubtool inspect lists"
-            )
-        known = one.resolved(family)
-        if not known.plain and not any(known.of(*key) for key in adapter.patches):
-            raise UsageProblem("these strengths leave nothing of an input")
-
-
 def _naming(layout: str, family: str | None) -> str:
-    from hubtool.layouts import tables
-
     return tables.layout(layout, family).naming
 
 
@@ -278,7 +182,7 @@ def _patches(jobs: Sequence[Job], asked: Asked, request: Request, report: Report
             if rank == 0:
                 report.dropped.append(job.slot.name)
                 continue
-            patch, how = _made(job, rank, asked)
+            patch, how = _made(job, rank, asked, request)
         patches[job.slot.key] = patch
         if how == "copied" and isinstance(patch, LowRank) and patch.residual is None:
             report.copied[job.slot.name] = patch
@@ -288,12 +192,15 @@ def _patches(jobs: Sequence[Job], asked: Asked, request: Request, report: Report
     return patches
 
 
-def _made(job: Job, rank: int, asked: Asked) -> tuple[Patch, str]:
+def _made(job: Job, rank: int, asked: Asked, request: Request) -> tuple[Patch, str]:
     """(the patch at a rank, how it was made). Where a budget leaves a single input's factors whole, they are copied after all."""
     if len(job.slot.patches) == 1 and asked.method.linear and asked.alpha is None:
         ((_, patch),) = job.slot.patches.items()
         if isinstance(patch, LowRank) and patch.mid is None and patch.rank <= rank:
             return terms.strengthened(patch, *job.slot.shares(asked)), "copied"
+    joined = side_by_side(job, asked) if request.method == "concat" and asked.alpha is None else None
+    if joined is not None:
+        return joined, "copied"
     return finished(job, rank, asked), "exact" if rank >= job.natural and combines(asked.method) else "truncated"
 
 
@@ -314,84 +221,3 @@ def _ranks(jobs: Sequence[Job], request: Request, report: Report) -> dict[Module
         if rank == 0:
             report.measured.add(".".join(key), one.energy, one.energy)
     return found
-
-
-def _adapter(
-    adapters: Sequence[Adapter], patches: Mapping[ModuleKey, Patch], family: str | None, report: Report
-) -> Adapter:
-    extras: dict[str, TensorRef] = {}
-    for adapter in adapters:
-        again = extras.keys() & adapter.extras.keys()
-        report.notes += [f"{key} is not understood; the first input's is kept" for key in sorted(again)]
-        extras = {**adapter.extras, **extras}
-    return Adapter(
-        family=family,
-        patches=MappingProxyType(dict(patches)),
-        embeddings=_embeddings(adapters, report),
-        extras=MappingProxyType(extras),
-        metadata=adapters[0].metadata if len(adapters) == 1 else MappingProxyType({}),
-    )
-
-
-def _embeddings(adapters: Sequence[Adapter], report: Report) -> tuple[Embedding, ...]:
-    """Token vectors are learned words, not changes: all are kept, of one token's the first input's."""
-    found: dict[tuple[str | None, str | None], Embedding] = {}
-    for one in (one for adapter in adapters for one in adapter.embeddings):
-        known = found.setdefault((one.token, one.encoder), one)
-        if known is not one and not same(known.vectors, one.vectors):
-            report.notes.append(f"token {one.token}: the first input's vectors are kept")
-    return tuple(found.values())
-
-
-def _plan(sources: Sequence[Source], merged: Adapter, emission: Emission, request: Request, report: Report) -> Plan:
-    container = _container(emission, request.format)
-    losses: tuple[Loss, ...] = tuple(emission.losses)
-    if emission.config and container != "peft-folder":
-        losses += tuple(spelling.config_losses(emission.patches, {}))
-    metadata = {**carried_metadata(merged.metadata), **emission.metadata, **_network(emission)}
-    tensors = {key: _cast(key, tensor, request.dtype) for key, tensor in emission.tensors.items()}
-    why = {name: how for name, one in report.modules.items() if (how := _rounded(one))}
-    return Plan(
-        source=sources[0].file.path,
-        format=container,
-        layout=str(emission.layout),
-        tensors=tensors,
-        metadata=metadata if container != "torch-zip" else {},
-        tree=list(tensors.values()) if emission.container == "torch-list" else None,
-        config=emission.config if container == "peft-folder" else None,
-        losses=losses,
-        notes=(*emission.notes, *report.notes),
-        rounded={**emission.rounded, **why},
-    )
-
-
-def _rounded(one: Module) -> str:
-    """Why a module's numbers are not an input's own."""
-    return "" if one.how == "copied" else f"{one.how} of {one.inputs} inputs"
-
-
-def _network(emission: Emission) -> dict[str, str]:
-    """What sd-scripts' readers look up: rank and alpha of the network, as resize_lora.py writes them ("Dynamic" for several)."""
-    if emission.layout.syntax != "kohya":
-        return {}
-    patches = [patch for patch in emission.patches.values() if isinstance(patch, LowRank)]
-    if not patches:
-        return {}
-    found = {patch.rank for patch in patches}, {patch.scale * patch.rank for patch in patches}
-    dim, alpha = (f"{min(one):g}" if len(one) == 1 else "Dynamic" for one in found)
-    convolutions = any(patch.algorithm == "locon" for patch in patches)
-    arguments = {"ss_network_args": json.dumps({"conv_dim": dim, "conv_alpha": alpha})} if convolutions else {}
-    return {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha, **arguments}
-
-
-def _cast(key: str, tensor: Expr, dtype: str | None) -> Expr:
-    """A copied tensor in the wanted dtype; alphas stay."""
-    if (
-        dtype is None
-        or tensor.dtype == dtype
-        or tensor.dtype not in FLOATS
-        or not tensor.shape
-        or key.endswith("alpha")
-    ):
-        return tensor
-    return terms.cast(tensor, dtype)

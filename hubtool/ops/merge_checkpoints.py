@@ -38,7 +38,7 @@ class Request:
     (``safetensors`` or ``torch-zip``): None keeps the first input's."""
 
     method: str = "weighted_sum"
-    strengths: tuple[Strengths, ...] = ()
+    strengths: tuple[Strengths | None, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     family: str | None = None
     dtype: str | None = None
@@ -104,7 +104,7 @@ def plan(files: Sequence[TensorFile], request: Request, base: TensorFile | None 
     return replace(made, rounded=_rounding(made, request), notes=(*made.notes, *_notes(report))), report
 
 
-def _resolved(given: Sequence[Strengths], count: int, method: Method, first: Side) -> list[Strengths | None]:
+def _resolved(given: shares.Given, count: int, method: Method, first: Side) -> list[Strengths | None]:
     arranged = shares.arranged(given, count, method)
     return [None if one is None else one.resolved(first.family) for one in arranged]
 

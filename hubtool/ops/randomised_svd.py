@@ -25,6 +25,10 @@ _FEWEST_BLOCKS = 3  # a matrix without room for so many blocks is decomposed exa
 _MOST_PRODUCTS = 24
 _SAFETY = 2.0  # the extrapolated rest is an estimate; measured to be too low by 1.7 at most
 _NOISE = 3e-6  # of the energy: what fp32 products cannot tell from nothing
+_COARSE = 0.02  # of the energy: a smaller remainder needs exact products
+HALVES = range(
+    1 << 19, 1 << 24
+)  # elements: below, bf16 gains nothing; above, a copy takes more memory than it is worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +66,26 @@ def energy_of(matrix: Tensor) -> float:
 
 
 def truncated_svd(
-    matrix: Tensor, rank: int, *, seed: int = 0, tolerance: float = TOLERANCE, energy: float | None = None
+    matrix: Tensor,
+    rank: int,
+    *,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+    energy: float | None = None,
+    halves: Tensor | None = None,
 ) -> Factors:
     """The ``rank`` largest singular triples of an fp32 matrix (m, n), with ||A - out|| at most ``tolerance`` times the least possible.
 
-    ``energy``: the matrix's squared norm, where it is known already. Exact where the matrix is small or the rank nearly full. Signs are
-    settled, so equal input gives equal output.
+    ``energy``: the matrix's squared norm, where it is known already. ``halves``: memory for m n bf16 numbers that may be used, for sizes within ``HALVES``. Exact
+    where the matrix is small or the rank nearly full. Signs are settled, so equal input gives equal output.
     """
     rank = min(rank, *matrix.shape)
     width = -(-(rank + _OVERSAMPLING) // _COLUMNS) * _COLUMNS
     energy = energy_of(matrix) if energy is None else energy
-    small = min(matrix.shape) < _FEWEST_BLOCKS * width
-    found = None if small else _iterated(matrix, rank, width, seed, tolerance, energy)
+    found = None
+    if min(matrix.shape) >= _FEWEST_BLOCKS * width:
+        search = _Search(rank, width, seed, tolerance, energy)
+        found = _by_halves(matrix, search, halves) or _by_whole(matrix, search)
     return _signed(found or _exact(matrix, rank, energy))
 
 
@@ -121,7 +133,10 @@ class _Basis:
 
 @dataclass(slots=True)
 class _Run:
-    """Bases of both sides, and the block-bidiagonal core left.T @ A @ right by blocks."""
+    """Bases of both sides, and the block-bidiagonal core left.T @ A @ right by blocks.
+
+    ``matrix``: A as products take it, in fp32 or bf16; bases and core are fp32 either way.
+    """
 
     matrix: Any
     left: _Basis = field(default_factory=_Basis)
@@ -132,11 +147,12 @@ class _Run:
         """One product with the matrix, from whichever side is due."""
         i, j = len(self.left.blocks), len(self.right.blocks)
         if i > j:
-            product = (self.left.blocks[-1].T @ self.matrix).T  # a fifth faster than matrix.T @ block
+            block = self.left.blocks[-1].to(self.matrix.dtype)
+            product = (block.T @ self.matrix).T.float()  # a fifth faster than matrix.T @ block
             self.right.grow(product)
             self.core[i - 1, j] = product.T @ self.right.blocks[-1]
         else:
-            product = self.matrix @ self.right.blocks[-1]
+            product = (self.matrix @ self.right.blocks[-1].to(self.matrix.dtype)).float()
             self.left.grow(product)
             self.core[i, j - 1] = self.left.blocks[-1].T @ product
 
@@ -154,6 +170,7 @@ class _Run:
         return whole
 
     def factors(self, rank: int, energy: float, bound: float) -> Factors:
+        """The best approximation inside the bases, where products were exact."""
         import torch
 
         left, values, right = torch.linalg.svd(self.small(), full_matrices=False)
@@ -162,25 +179,88 @@ class _Run:
             self.left.combine(u), values[:rank].to(self.matrix), self.right.combine(v).T, energy, bound, self.products
         )
 
+    def outputs(self, rank: int) -> Tensor:
+        """The best ``rank`` directions on the left."""
+        import torch
 
-def _iterated(matrix: Tensor, rank: int, width: int, seed: int, tolerance: float, energy: float) -> Factors | None:
-    """None where the bases grew as large as an exact decomposition without reaching the tolerance."""
+        left = torch.linalg.svd(self.small(), full_matrices=False).U[:, :rank]
+        return self.left.combine(left.to(self.left.blocks[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What is looked for: an approximation at ``rank`` within ``tolerance``, by blocks of ``width`` columns."""
+
+    rank: int
+    width: int
+    seed: int
+    tolerance: float
+    energy: float
+
+    def run(self, matrix: Tensor, least: float = 0.0) -> tuple[_Run, float, float] | None:
+        """(bases that hold it, its bound, its squared error). None where the bases grow as large as an exact decomposition without
+        getting there, or the remainder falls below the share ``least`` of the energy."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(matrix.shape[1], self.width, generator=generator).to(matrix)
+        run = _Run(matrix)
+        run.left.grow((matrix @ start).float())
+        captured: list[float] = []
+        limit = min(matrix.shape) // self.width
+        while run.products < _MOST_PRODUCTS and len(run.left.blocks) < limit:
+            run.step()
+            values = torch.linalg.svdvals(run.small())[: self.rank]
+            captured.append(float(values.square().sum()))
+            rest, bound = self.energy - captured[-1], _bound(self.energy, captured)
+            if rest < least * self.energy:
+                return None
+            if bound <= self.tolerance:
+                return run, bound, rest
+        return None
+
+
+def _by_whole(matrix: Tensor, search: _Search) -> Factors | None:
+    found = search.run(matrix)
+    return None if found is None else found[0].factors(search.rank, search.energy, found[1])
+
+
+def _by_halves(matrix: Tensor, search: _Search, halves: Tensor | None) -> Factors | None:
+    """Products with bf16 copies look for the directions, an exact one makes the factors of what they found.
+
+    Only where the processor multiplies bf16 several times faster, and a remainder of some percent hides their noise of 2^-9.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
-    run = _Run(matrix)
-    run.left.grow(matrix @ start)
-    captured: list[float] = []
-    limit = min(matrix.shape) // width
-    while run.products < _MOST_PRODUCTS and len(run.left.blocks) < limit:
-        run.step()
-        values = torch.linalg.svdvals(run.small())[:rank]
-        captured.append(float(values.square().sum()))
-        bound = _bound(energy, captured)
-        if bound <= tolerance:
-            return run.factors(rank, energy, bound)
-    return None
+    if matrix.numel() not in HALVES or matrix.device.type != "cpu" or not _fast_halves():
+        return None
+    held = torch.empty(matrix.shape, dtype=torch.bfloat16) if halves is None else halves[: matrix.numel()]
+    found = search.run(held.view(matrix.shape).copy_(matrix), _COARSE)
+    if found is None:
+        return None
+    run, bound, rest = found
+    return _exactly(matrix, run, search.rank, search.energy, rest / bound**2)
+
+
+def _fast_halves() -> bool:
+    """Whether torch multiplies bf16 on this processor by its own instructions; the question has no public name yet."""
+    import torch
+
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(asked is not None and asked())
+
+
+def _exactly(matrix: Tensor, run: _Run, rank: int, energy: float, optimum: float) -> Factors:
+    """What the matrix itself has in the directions found. ``optimum``: the least squared error, as estimated."""
+    import torch
+
+    outputs = run.outputs(rank)
+    right, upper = torch.linalg.qr((outputs.T @ matrix).T)
+    u, values, v = torch.linalg.svd(upper.T.double())
+    u, values, v = (part.to(matrix) for part in (u, values, v))
+    rest = energy - float(values.double().square().sum())
+    bound = max(rest / optimum, 1.0) ** 0.5
+    return Factors(outputs @ u, values, v @ right.T, energy, bound, run.products + 1)
 
 
 def _bound(energy: float, captured: list[float]) -> float:

@@ -7,6 +7,7 @@ an output knows inputs by file name and SHA-256 only: a path of somebody's machi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from hubtool.errors import CorruptFile, HubtoolError, NotFound
 from hubtool.ops.folder_plan import FolderPlan
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipes import text as texts
-from hubtool.ops.recipes.parents import PARENTS, Parent, merged
+from hubtool.ops.recipes.parents import DOCUMENTS, PARENTS, Parent, merged
 from hubtool.ops.recipes.schema import problems, schema
 
 __all__ = ["DOCUMENT", "KEY", "PARENTS", "Input", "Output", "Parent", "Recipe", "dump", "load", "of_metadata", "stamp"]
 
 KEY = "hubtool.recipe"  # metadata entry of a single file
-DOCUMENT = "hubtool.recipe.json"  # file of a folder
+DOCUMENT = DOCUMENTS[KEY]  # file of a folder
 VERSION = 1
 P = TypeVar("P", bound=Plan)
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -182,8 +183,6 @@ def _text(document: Path, asked: Path) -> str:
 
     if not document.is_file():
         raise NotFound("there is no recipe here", path=asked)
-    import os
-
     fd = open_read(document)
     try:
         raw = pread_exact(fd, min(os.fstat(fd).st_size, texts.MAX_BYTES + 1), 0, document)
@@ -225,7 +224,7 @@ def stamp(plan: P, recipe: Recipe, parents: Sequence[Parent]) -> P:
 
 
 def _papers(said: Mapping[str, str]) -> dict[str, bytes]:
-    return {f"{PARENTS}.json": _pretty(said[PARENTS])} if PARENTS in said else {}
+    return {DOCUMENTS[PARENTS]: _pretty(said[PARENTS])} if PARENTS in said else {}
 
 
 def _pretty(text: str) -> bytes:

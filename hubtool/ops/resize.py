@@ -32,12 +32,12 @@ def plan(file: TensorFile, request: Request) -> tuple[Plan, Report]:
 
 def _commented(made: Plan, file: TensorFile, report: Report) -> Plan:
     """With a line in the training comment, as sd-scripts' resize_lora.py leaves one."""
-    if not made.metadata:
+    if _COMMENT not in file.metadata or _COMMENT not in made.metadata:
         return made
     before = sorted({rank for one in report.modules.values() for rank in one.ranks})
     after = sorted({one.rank for one in report.modules.values() if one.rank is not None})
     line = f"ranks {_span(before)} resized to {_span(after)}"
-    old = file.metadata.get(_COMMENT, "")
+    old = file.metadata[_COMMENT]
     comment = line if old in ("", "None") else f"{line}; {old}"
     return replace(made, metadata={**made.metadata, _COMMENT: comment})
 

@@ -129,6 +129,17 @@ def origins(reader: Reader, *, artifact: int | None = None, repo: str | None = N
     return [Origin(*row) for row in reader.rows(f"{sql} ORDER BY at, id", given)]
 
 
+def successors(reader: Reader) -> dict[int, int]:
+    """Artifacts that lie nowhere any more because their file was rewritten in place, and the artifact that lies there now."""
+    rows = reader.rows(
+        "SELECT old.artifact_id, new.artifact_id FROM location old JOIN location new ON new.root_id = old.root_id "
+        "AND new.relpath = old.relpath AND new.artifact_id <> old.artifact_id AND new.state IN ('present', 'offline') "
+        "WHERE old.state = 'superseded' AND NOT EXISTS (SELECT 1 FROM location l WHERE l.artifact_id = old.artifact_id "
+        "AND l.state <> 'superseded') ORDER BY old.id"
+    )
+    return {int(old): int(new) for old, new in rows}
+
+
 def card(reader: Reader, endpoint: str, repo: str) -> Card | None:
     """What the card of a repository said when it was last read."""
     sql = f"SELECT {_CARD} FROM hub_card WHERE endpoint = :endpoint AND repo = :repo"

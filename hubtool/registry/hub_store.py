@@ -32,7 +32,7 @@ from hubtool.registry.text import clean, fold
 
 __all__ = [
     "Answer", "Card", "Claims", "Origin", "PublishedFile", "Receipt", "answers", "artifacts_by_sha256", "card", "last_receipt", "origins", "receipts",
-    "record_answers", "record_card", "record_claims", "record_origin", "record_receipt",
+    "record_answers", "record_card", "record_claims", "record_origin", "record_receipt", "replace_origin",
 ]  # fmt: skip
 
 
@@ -42,12 +42,29 @@ def record_origin(store: Store, artifact: int, origin: Origin) -> None:
         _write_origin(connection, artifact, origin)
 
 
+def replace_origin(store: Store, old: Origin, new: Origin) -> None:
+    """The file of a repository that ``old`` named is now found as ``new`` says: another commit, path or name of the repository."""
+    table = hub_models.hub_origin.c
+    same = {
+        "artifact_id": old.artifact,
+        "endpoint": old.endpoint,
+        "repo": old.repo,
+        "path": old.path,
+        "revision": old.revision,
+    }
+    with store.transaction() as connection:
+        connection.execute(delete(hub_models.hub_origin).where(*(table[name] == value for name, value in same.items())))
+        _write_origin(connection, old.artifact, new)
+
+
 def _write_origin(connection: Connection, artifact: int, origin: Origin) -> None:
     same = {"endpoint": origin.endpoint, "repo": origin.repo, "path": clean(origin.path), "revision": origin.revision}
     facts = {"how": origin.how, "commit_id": origin.commit, "sha256": origin.sha256, "etag": origin.etag}
     row = {"artifact_id": artifact, **same, **facts, "size": origin.size, "at": origin.at or now()}
     _replace(connection, hub_models.hub_origin, {"artifact_id": artifact, **same}, row)
-    if origin.sha256:
+    if (
+        origin.sha256 and origin.how != "published"
+    ):  # what was published may be a cleaned or converted form of the artifact
         claim = {"algo": "sha256", "value": origin.sha256.lower(), "artifact_id": artifact, "origin": "hub"}
         _replace(connection, hash_, claim, {**claim, "at": now()})
 

@@ -205,10 +205,10 @@ def merged(*documents: Mapping[str, Any]) -> dict[str, Any]:
 def to_toml(config: Config) -> str:
     """The configuration as TOML that ``read`` gives back."""
     document = config.to_json()
-    plain = [f"{name} = {_toml(value)}" for name, value in document.items() if not isinstance(value, dict)]
+    plain = [f"{name} = {toml(value)}" for name, value in document.items() if not isinstance(value, dict)]
     for name, section in document.items():
         if isinstance(section, dict):
-            plain += ["", f"[{name}]", *(f"{word} = {_toml(value)}" for word, value in section.items())]
+            plain += ["", f"[{name}]", *(f"{word} = {toml(value)}" for word, value in section.items())]
     return "\n".join(plain) + "\n"
 
 
@@ -238,9 +238,10 @@ def _value(text: str) -> Any:
         return text
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """One value as TOML writes it."""
     if isinstance(value, list):
-        return f"[{', '.join(_toml(one) for one in value)}]"
+        return f"[{', '.join(toml(one) for one in value)}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)

@@ -82,7 +82,7 @@ def command(state: State, /, base: str, adapters: tuple[str, ...], out: Path | N
     )
     if out is not None and not options.dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
-    with output.progress(f"collapsing into {Path(base).name}") as advance:
+    with output.progress(f"collapsing into {Path(base).name}", _size(Path(base))) as advance:
         done = collapse(base, inputs, out, options, advance)
     if asked["as_json"]:
         output.print_json(done.to_json())
@@ -90,6 +90,13 @@ def command(state: State, /, base: str, adapters: tuple[str, ...], out: Path | N
         _describe(done)
     if not done.passed:
         raise click.exceptions.Exit(1)
+
+
+def _size(base: Path) -> int | None:
+    """About what will be written; None for a REF."""
+    if base.is_dir():
+        return sum(path.stat().st_size for path in base.rglob("*.safetensors")) or None
+    return base.stat().st_size if base.is_file() else None
 
 
 def named(text: str, strengths: Sequence[str] = (), blocks: str | None = None) -> Input:

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from hubtool.cli.context import json_option
+from hubtool.cli.context import State, json_option, pass_state
 from hubtool.cli.errors import describe
 from hubtool.cli.facts import facts
-from hubtool.cli.output import complain, print_json, show, table
+from hubtool.cli.output import complain, human_size, print_json, show, table
 from hubtool.errors import HubtoolError, PartialFailure
+from hubtool.hub.refs import is_hub_ref
 
 
 @click.command()
@@ -19,25 +20,46 @@ from hubtool.errors import HubtoolError, PartialFailure
 @json_option
 @click.option("--no-hash", is_flag=True, help="Read headers and values, compute no hashes.")
 @click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor with dtype and shape.")
-def command(paths: tuple[str, ...], as_json: bool, no_hash: bool, with_tensors: bool) -> None:
+@pass_state
+def command(state: State, paths: tuple[str, ...], as_json: bool, no_hash: bool, with_tensors: bool) -> None:
     """Say what each FILE is. A folder that is one artifact (PEFT, diffusers) is inspected as one.
 
-    One FILE with --json prints one object, several print a list of objects.
+    FILE may be hf://owner/name[@revision][/file]: then only headers are read, and nothing is downloaded. One FILE with --json prints one
+    object, several FILEs and a repository print a list of objects.
     """
     if len(paths) == 1:
-        _print([_inspect(paths[0], no_hash, with_tensors)], as_json, several=False)
+        documents = _documents(paths[0], state.library, no_hash, with_tensors)
+        one_file = len(documents) == 1 and paths[0].endswith(documents[0].get("hub", {}).get("file", ""))
+        if one_file and (error := documents[0].get("error")):
+            raise error
+        _finish(documents, as_json, several=not one_file)
         return
     documents = []
-    failures = 0
     for path in paths:
         try:
-            documents.append(_inspect(path, no_hash, with_tensors))
+            documents += _documents(path, state.library, no_hash, with_tensors)
         except HubtoolError as error:
-            failures += 1
-            documents.append({"path": path, "error": error.to_json()})
-    _print(documents, as_json, several=True)
-    if failures:
-        raise PartialFailure(f"{failures} of {len(paths)} files could not be inspected")
+            documents.append({"path": path, "error": error})
+    _finish(documents, as_json, several=True)
+
+
+def _documents(path: str, library: str | None, no_hash: bool, with_tensors: bool) -> list[dict[str, Any]]:
+    """The document of a file, or of every weights file behind a reference. A remote file that is broken has an ``error``."""
+    if not is_hub_ref(path):
+        return [_inspect(path, no_hash, with_tensors)]
+    from hubtool.actions.remote import inspect_remote
+
+    reports = inspect_remote(path, library)
+    return [{**report.to_json(), "error": report.error} if report.error else report.to_json() for report in reports]
+
+
+def _finish(documents: list[dict[str, Any]], as_json: bool, several: bool) -> None:
+    failed = [document for document in documents if "error" in document]
+    for document in failed:
+        document["error"] = document["error"].to_json()
+    _print(documents, as_json, several)
+    if failed:
+        raise PartialFailure(f"{len(failed)} of {len(documents)} files could not be inspected")
 
 
 def _inspect(path: str, no_hash: bool, with_tensors: bool) -> dict[str, Any]:
@@ -66,6 +88,10 @@ def _print_one(document: Mapping[str, Any]) -> None:
         )
         return
     show(facts(document))
+    if "hub" in document:
+        show(f"  {'read':11} {human_size(document['hub']['received'])} of it, nothing was downloaded")
+    if document.get("library") and "hub" in document:
+        show(f"  {'library':11} {document['library']['id']} {' '.join(document['library']['paths'])}".rstrip())
     rows = [
         (item["name"], item["dtype"], "x".join(map(str, item["shape"])) or "scalar")
         for item in document.get("tensor_list", ())

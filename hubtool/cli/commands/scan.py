@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from hubtool.cli.context import State, json_option, pass_state
-from hubtool.cli.output import print_json, progress, say, show
-from hubtool.errors import PartialFailure
+from hubtool.cli.output import human_size, listing, print_json, progress, say, show
+from hubtool.errors import PartialFailure, UsageProblem
+from hubtool.hub.refs import is_hub_ref
 
 _MOST_PROBLEMS = 20
 
@@ -25,8 +26,12 @@ def command(
 ) -> None:
     """Bring the library up to date with PATH..., or with every folder scanned before.
 
-    Nothing is written into the folders. Interrupt it at any time: the next scan goes on.
+    Nothing is written into the folders. Interrupt it at any time: the next scan goes on. PATH may be hf://owner/name: then the weights of
+    that repository are listed from their headers, nothing is downloaded, and what the library has already is tied to it.
     """
+    if any(is_hub_ref(path) for path in paths):
+        _remote(state, paths, as_json)
+        return
     from hubtool.actions.library import open_store
     from hubtool.actions.scan import scan
 
@@ -48,3 +53,24 @@ def command(
             say(f"{root} is offline: its files stay in the library (if they are really gone: --accept-missing)")
     if result.failed:
         raise PartialFailure(f"cannot be read: {', '.join(result.failed)}")
+
+
+def _remote(state: State, paths: tuple[str, ...], as_json: bool) -> None:
+    from hubtool.actions.remote import COLUMNS, index_remote
+
+    if not all(is_hub_ref(path) for path in paths):
+        raise UsageProblem(
+            "folders and repositories are scanned by commands of their own", hint="hubtool scan hf://owner/name"
+        )
+    indexes = [index_remote(path, state.library) for path in paths]
+    documents = [index.to_json() for index in indexes]
+    if as_json:
+        print_json(documents[0] if len(documents) == 1 else documents)
+    for index in [] if as_json else indexes:
+        listing([file.row() for file in index.files], COLUMNS, "table")
+        say(f"{index.repo} at {index.commit[:12]}: {human_size(index.received)} were read, nothing was downloaded")
+    broken = [file for index in indexes for file in index.files if file.error is not None]
+    for file in broken:
+        say(f"{file.ref}: {file.error}")
+    if broken:
+        raise PartialFailure(f"{len(broken)} files could not be read")

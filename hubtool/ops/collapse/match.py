@@ -60,6 +60,7 @@ def match(base: Base, parts: Sequence[Part], *, allow_mismatch: bool = False) ->
 
     Raises ``ConversionError`` for an adapter that matches nothing, ``ShapeMismatch`` naming module and shapes unless that is allowed.
     """
+    _check_names(parts)
     shares: Shares = {}
     accounts = [_matched(base, part, shares) for part in parts]
     for part, account in zip(parts, accounts, strict=True):
@@ -72,7 +73,6 @@ def _matched(base: Base, part: Part, shares: Shares) -> Account:
     adapter = part.adapter
     account = Account(part.name, embeddings=len(adapter.embeddings), extras=len(adapter.extras))
     account.strengths = part.strengths.to_json()
-    _check_names(part)
     for (component, path), patch in adapter.patches.items():
         name, strength = f"{component}.{path}", part.strengths.of(component, path)
         if strength == 0:
@@ -89,13 +89,16 @@ def _matched(base: Base, part: Part, shares: Shares) -> Account:
     return account
 
 
-def _check_names(part: Part) -> None:
-    lost = part.strengths.unmatched(part.adapter.patches)
-    if lost:
-        has = ", ".join(part.adapter.components())
-        raise UsageProblem(
-            f"a strength for {lost[0]}, and {part.name} has no such module", hint=f"its components: {has}"
-        )
+def _check_names(parts: Sequence[Part]) -> None:
+    """A strength for a component or path that no adapter has is most likely misspelt; one that only some lack is none."""
+    known = [module for part in parts for module in part.adapter.patches]
+    for part in parts:
+        lost = part.strengths.unmatched(known)
+        if lost:
+            has = ", ".join(dict.fromkeys(component for component, _ in known))
+            raise UsageProblem(
+                f"a strength for {lost[0]}, and no adapter has such a module", hint=f"their components: {has}"
+            )
 
 
 class _MisfitError(Exception):

@@ -13,11 +13,12 @@ from typing import Any
 from hubtool.errors import FileError, Unsupported
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
-from hubtool.layouts.checkpoint_receipt import EXTRAS
+from hubtool.layouts.checkpoint_receipt import EXTRAS, ORIGIN
 from hubtool.layouts.receipt import carried_metadata
 from hubtool.ops.collapse.base import Base
 from hubtool.ops.folder_plan import FORMAT, FolderPlan, WeightsFile
 from hubtool.ops.plan import Plan
+from hubtool.ops.recipes.parents import DOCUMENTS
 from hubtool.tensors import header as headers
 from hubtool.tensors.expr import Expr, Read
 from hubtool.tensors.ref import TensorRef
@@ -25,7 +26,7 @@ from hubtool.tensors.ref import TensorRef
 HEADER = "hubtool.base"  # the base's header, so that --undo gives its very bytes
 FOLDERS = frozenset({FORMAT, "component-folder"})
 _TORCH = frozenset({"torch-zip", "torch-legacy"})
-_OWN = frozenset({"hubtool.recipe.json", "hubtool.parents.json", "hubtool.origin.json"})
+_OWN = frozenset({*DOCUMENTS.values(), ORIGIN})  # what is said there is true of the base only
 _LARGEST = 64 << 20
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx")
 

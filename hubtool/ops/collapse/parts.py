@@ -94,15 +94,17 @@ def _check_alphas(adapter: Adapter, file: TensorFile) -> None:
 
 def _artefact(file: TensorFile, base: Base) -> Adapter:
     """Hypernetworks without an activation, and Custom Diffusion, are changes of weights too."""
-    kind = identify(file).kind
-    if kind == "hypernetwork":
+    identity = identify(file)
+    if identity.kind == "hypernetwork":
         return _hypernetwork(file, base)
-    if kind == "custom_diffusion":
+    if identity.kind == "custom_diffusion":
         return _custom_diffusion(file)
-    text = _REASONS.get(kind, f"this file ({kind}) is no change of weights that hubtool knows")
-    raise RecognitionError(
-        f"{file.path.name} cannot be collapsed: {text}", path=file.path, hint=f"hubtool explain {file.path}"
-    )
+    if any(finding.code == "broken-keys" for finding in identity.findings):
+        hint = f"mend them first: hubtool convert {file.path} --repair"
+        raise RecognitionError("the keys of this adapter were broken by hand", path=file.path, hint=hint)
+    text = _REASONS.get(identity.kind, f"this file ({identity.kind}) is no change of weights that hubtool knows")
+    hint = f"hubtool explain {file.path}"
+    raise RecognitionError(f"{file.path.name} cannot be collapsed: {text}", path=file.path, hint=hint)
 
 
 def _hypernetwork(file: TensorFile, base: Base) -> Adapter:

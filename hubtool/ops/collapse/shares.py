@@ -1,7 +1,7 @@
 """What a stored tensor becomes: itself plus the changes of all adapters, summed in fp32 and rounded once.
 
-Low-rank and dense changes are added tile by tile, without ever forming a change as a whole; a kind that needs more of the weight than
-some rows (rotations, DoRA, Kronecker products ...) gets all of it. Formulas: ``Patch.delta`` of each kind; the strength multiplies it, so
+Low-rank and dense changes are added tile by tile, without ever forming a change as a whole; other kinds give theirs some rows at a time
+where they can be cut, and as a whole where they cannot (a norm or a rotation that spans all rows). Formulas: ``Patch.delta`` of each kind; the strength multiplies it, so
 that strength 1 is the adapter and 0 the base. A replaced weight (``set``) is what it is at any strength.
 """
 
@@ -13,23 +13,25 @@ from typing import Any
 
 from hubtool.adapters.dense import Dense
 from hubtool.adapters.ir import Patch
+from hubtool.adapters.kronecker import Kronecker
 from hubtool.adapters.low_rank import LowRank
-from hubtool.adapters.parts import number
+from hubtool.adapters.parts import matrix, number
 from hubtool.adapters.promote import to_lora
+from hubtool.adapters.rotation import Rotation
 from hubtool.adapters.weight_ops import TakeRows
 from hubtool.errors import BadValues, HubtoolError, Unsupported
 from hubtool.ops.collapse.base import Windows
 from hubtool.tensors.dtypes import numel
+from hubtool.tensors.evaluate import is_finite
 from hubtool.tensors.expr import Compute, Expr, Read
 from hubtool.tensors.ref import TensorRef
 from hubtool.types import Shape
 
+_CHEAP = 32  # the rank up to which a Kronecker product is added as two factors
 _TILE = 1 << 20  # elements of a change that is computed at once, where its kind can be cut
 _ROUNDS = 200
-_SETTLED, _NOISE = (
-    1e-8,
-    1e-5,
-)  # relative size of a step at which an inversion has arrived, and where it may stall for rounding
+# relative size of a step at which an inversion has arrived, and below which it may stall for rounding
+_SETTLED, _NOISE = 1e-8, 1e-5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +55,11 @@ class Share:
         return self.patch.algorithm == "set" and not self.bias
 
     @property
+    def plain(self) -> bool:
+        """Whether the parameter lies in one piece, as it is."""
+        return len(self.windows) == 1 and not self.transposed and bool(self.shape)
+
+    @property
     def dense(self) -> Expr | None:
         """The tensor that is added as it is, where there is one that lies like the stored tensor."""
         plain = isinstance(self.patch, Dense) and not self.bias and self.rows is None and not self.transposed
@@ -63,42 +70,48 @@ class Share:
 
     @property
     def factors(self) -> LowRank | None:
-        """The patch as two factors whose product alone is the change."""
+        """The patch as two factors whose product alone is the change; small Kronecker products too, since that is cheaper."""
         patch = self.patch
-        plain = isinstance(patch, LowRank) and not self.bias and self.rows is None and not self.transposed
+        plain = isinstance(patch, LowRank | Kronecker) and not self.bias and self.rows is None and not self.transposed
         if not plain or patch.needs_base or getattr(patch, "residual", None) is not None:
             return None
-        return to_lora(patch)
+        try:
+            made = to_lora(patch, self.shape)
+        except Unsupported:
+            return None
+        return made if isinstance(patch, LowRank) or made.rank <= _CHEAP else None
 
     def changes(self, weight: Any) -> Iterator[tuple[int, int, Any]]:
         """(first row, last row, change at strength 1) of the parameter ``weight`` (fp32), some rows at a time where the kind allows it."""
-        step = max(_TILE // max(numel(self.shape[1:]), 1), 1)
-        step = 1 << step.bit_length() - 1  # blocks of rotations and Kronecker products are powers of two, if anything
-        if self.bias or self.rows is not None or len(self.shape) < 2 or step >= self.shape[0] or not self._cuts(step):
+        step = self.step
+        if step is None:
             yield 0, weight.shape[0], self._checked(self.patch, weight)
             return
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             yield start, stop, self._checked(self.patch.under(TakeRows(start, stop)), weight[start:stop])
 
-    def _cuts(self, step: int) -> bool:
-        """Whether the kind can give the change of some rows alone."""
+    @property
+    def step(self) -> int | None:
+        """How many rows of the change are computed at once; None for all."""
+        if self.bias or self.rows is not None or len(self.shape) < 2:
+            return None
+        grain = _grain(self.patch)
+        step = max(_TILE // max(numel(self.shape[1:]), 1) // grain, 1) * grain
         try:
             for start in range(0, self.shape[0], step):
                 self.patch.under(TakeRows(start, min(start + step, self.shape[0])))
         except Unsupported:
-            return False
-        return True
+            return None
+        return step
 
     def _checked(self, patch: Patch, weight: Any) -> Any:
-        import torch
-
         try:
             change = self._change(patch, weight)
         except HubtoolError as error:
             error.message = f"{self.label}: {error.message}"
             raise
-        if change is not None and not bool(torch.isfinite(change).all()):
+        if change is not None and not is_finite(change):
             raise BadValues(f"{self.label} holds NaN or infinity, or makes it")
         return change
 
@@ -115,6 +128,16 @@ class Share:
         assert self.patch.set_weight is not None
         value = number(self.patch.set_weight)
         return (value if self.rows is None else value[self.rows[0] : self.rows[1]]).reshape(self.shape)
+
+
+def _grain(patch: Patch) -> int:
+    """Rows that a kind keeps together: those of the second factor of a Kronecker product, those of a rotation's block."""
+    match patch:
+        case Kronecker():
+            return max(patch.second[0], 1)
+        case Rotation():
+            return patch.block_size
+    return 1
 
 
 def changed(ref: TensorRef, shares: Sequence[Share], *, inverse: bool = False) -> Expr:
@@ -134,11 +157,10 @@ def changed(ref: TensorRef, shares: Sequence[Share], *, inverse: bool = False) -
 
 
 def _depends(share: Share) -> bool:
-    return share.patch.needs_base and not (share.bias and not _bias_needs_base(share.patch))
-
-
-def _bias_needs_base(patch: Patch) -> bool:
-    return patch.algorithm == "ia3"
+    """Whether the change is computed from the old values. Of biases only IA3's is."""
+    if share.replaces:
+        return False
+    return share.patch.algorithm == "ia3" if share.bias else share.patch.needs_base
 
 
 def _taken_back(share: Share) -> Share:
@@ -176,15 +198,11 @@ class _Tiled:
 
 def _factors(share: Share) -> tuple[float, Any, Any]:
     """(strength * scale, up as (out, rank), down as (rank, inputs)), finite."""
-    import torch
-
-    from hubtool.adapters.parts import matrix
-
     patch = share.factors
     assert patch is not None
     up, down = matrix(patch.up), matrix(patch.down)
     for role, tensor in (("up", up), ("down", down)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise BadValues(f"{role} of {share.label} holds NaN or infinity")
     return share.strength * patch.scale, up, down
 
@@ -196,9 +214,7 @@ def _add_rows(flat: Any, first: int, share: Share, scale: float, up: Any, down: 
         low, high = max(start, first), min(stop, last)
         if low < high:
             at = offset + low - start
-            flat[low - first : high - first].addmm_(
-                up[at : at + high - low].to(flat.device), down.to(flat.device), alpha=scale
-            )
+            flat[low - first : high - first].addmm_(up[at : at + high - low].to(flat), down.to(flat), alpha=scale)
         offset += stop - start
 
 
@@ -210,23 +226,37 @@ class _Whole:
     finite = True
 
     def __call__(self, stored: Any) -> Any:
-        result = stored.clone()
-        for share in self.shares:
-            if share.replaces:
-                put(result, share, share.replacement())
-        for share in self.shares:
-            if not share.replaces:
-                _add(result, stored, share)
+        needy = [share for share in self.shares if _depends(share)]
+        replaced = [share for share in self.shares if share.replaces]
+        others = [share for share in self.shares if share not in needy and share not in replaced]
+        alone = len(needy) < 2 and not (
+            needy and replaced
+        )  # who needs the old weight comes first, and then nobody does
+        result = stored if alone else stored.clone()
+        for share in (*replaced, *needy, *others):
+            _add(result, stored, share)
         return result
 
 
 def _add(result: Any, stored: Any, share: Share) -> None:
-    """Add one change, computed from what is stored, to ``result``."""
-    weight, total = taken(stored, share), taken(result, share)
+    """Add one change, computed from what is stored, to ``result`` (which may be the same memory)."""
+    if share.replaces:
+        put(result, share, share.replacement())
+        return
+    weight, total = _seen(stored, share), _seen(result, share)
     for start, stop, change in share.changes(weight.cpu()):
         if change is not None:
             total[start:stop].add_(change.to(total.device).reshape(total[start:stop].shape), alpha=share.strength)
-    put(result, share, total)
+    if not share.plain:
+        put(result, share, total)
+
+
+def _seen(stored: Any, share: Share) -> Any:
+    """The parameter inside the stored tensor: a view where it lies in one piece."""
+    if not share.plain:
+        return taken(stored, share)
+    (start, stop), *_ = share.windows
+    return stored[start:stop].reshape(share.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,7 +271,7 @@ class _Undone:
         forward, guess, least = _Whole(self.shares), stored.clone(), float("inf")
         size = float(stored.norm()) or 1.0
         for _ in range(_ROUNDS):
-            step = stored - forward(guess)
+            step = stored - forward(guess.clone())
             moved = float(step.norm()) / size
             guess += step
             if moved <= _SETTLED or (moved <= _NOISE and moved > least / 2):

@@ -9,6 +9,7 @@ from typing import Any
 
 from hubtool.types import Shape
 
+OTHER = "(no component)"  # tensors that are no weights: position ids, a scheduler's buffers, EMA copies
 NOISE = 1e-12  # relative: what fp64 arithmetic on factors cannot tell from nothing
 
 
@@ -131,7 +132,7 @@ class Difference:
 
     @property
     def total(self) -> Moments:
-        return sum((entry.moments for entry in self.entries), self.alone)
+        return sum((entry.moments for entry in self.entries if entry.component != OTHER), self.alone)
 
     @property
     def similarity(self) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hubtool.ops.diff.report import Difference, Entry, Moments, Unlike, unlike_shapes
+from hubtool.ops.diff.report import OTHER, Difference, Entry, Moments, Unlike, unlike_shapes
 from hubtool.ops.extract import pool
 from hubtool.ops.extract.pairing import Side, same_matrix
 from hubtool.ops.extract.pool import Room
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[int], None]
-_OTHERS = "(no component)"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Two tensors of one name and size."""
+    """Two tensors of one name and size; ``second`` is ``first`` where only one file has it."""
 
     name: str
     component: str
@@ -38,7 +37,7 @@ def checkpoints(first: Side, second: Side, workers: int | None, progress: Progre
 
 def _named(side: Side) -> dict[tuple[str, str], Expr]:
     rest = {**side.checkpoint.extras, **side.checkpoint.strays}
-    return dict(side.parameters()) | {(_OTHERS, key): tensor for key, tensor in rest.items()}
+    return dict(side.parameters()) | {(OTHER, key): tensor for key, tensor in rest.items()}
 
 
 def compare(
@@ -63,21 +62,36 @@ def compare(
         if before.dtype != after.dtype:
             dtypes.append(Unlike(named(key), before.dtype, after.dtype))
         jobs.append(Job(named(key), key[0], before, e.reshape(after, before.shape)))
-    entries = pool.run(jobs, _entry, _weight, workers=workers, progress=progress)
+    alone = [Job(named(key), key[0], t, t) for key, t in (*_without(first, second), *_without(second, first))]
+    entries = pool.run([*jobs, *alone], _entry, _weight, workers=workers, progress=progress, memory=None)
     return Difference(
         kind,
         family,
-        tuple(entries),
-        tuple(named(key) for key in first if key not in second),
-        tuple(named(key) for key in second if key not in first),
+        tuple(entries[: len(jobs)]),
+        tuple(named(key) for key, _ in _without(first, second)),
+        tuple(named(key) for key, _ in _without(second, first)),
         tuple(shapes),
         tuple(dtypes),
+        _alone(entries[len(jobs) :], len(_without(first, second))),
     )
+
+
+def _without(
+    first: Mapping[tuple[str, str], Expr], second: Mapping[tuple[str, str], Expr]
+) -> list[tuple[tuple[str, str], Expr]]:
+    return [(key, tensor) for key, tensor in first.items() if key not in second]
+
+
+def _alone(entries: Sequence[Entry], count: int) -> Moments:
+    """What one file has beside zeros of the other; the first ``count`` are the first file's."""
+    sizes = [0.0 if entry.component == OTHER else entry.moments.first for entry in entries]
+    first, second = sum(sizes[:count]), sum(sizes[count:])
+    return Moments(first=first, second=second, change=first + second)
 
 
 def named(key: tuple[str, str]) -> str:
     """``component.path``; the bare key of what belongs to no component."""
-    return key[1] if key[0] in ("", _OTHERS) else ".".join(key)
+    return key[1] if key[0] in ("", OTHER) else ".".join(key)
 
 
 def _weight(job: Job) -> int:

@@ -49,15 +49,16 @@ def decompose(
     return pool.run(
         units,
         work,
-        lambda unit: _memory(unit, request),
+        lambda unit: memory(unit, request),
         device=request.device,
         workers=request.workers,
         progress=progress,
     )
 
 
-def _memory(unit: Unit, request: Request) -> int:
-    return 4 * (numel(unit.shape) + sum(unit.sizes) * request.most(unit.convolution) * _BLOCKS)
+def memory(unit: Unit, request: Request) -> int:
+    """fp32 and bf16 copies of the change, and the bases."""
+    return 6 * numel(unit.shape) + 4 * sum(unit.sizes) * request.most(unit.convolution) * _BLOCKS
 
 
 def _decompose(unit: Unit, request: Request, scratch: Scratch, room: Room) -> Decomposed | None:
@@ -69,7 +70,9 @@ def _decompose(unit: Unit, request: Request, scratch: Scratch, room: Room) -> De
     energy = svd.energy_of(matrix)
     if not math.isfinite(energy):
         raise _not_finite(unit)
-    found = svd.truncated_svd(matrix, rank, seed=svd.seed_of(request.seed, unit.name), energy=energy)
+    halves = room.halves(matrix.numel()) if matrix.numel() in svd.HALVES else None
+    seed = svd.seed_of(request.seed, unit.name)
+    found = svd.truncated_svd(matrix, rank, seed=seed, energy=energy, halves=halves)
     name, stored = unit.name, DTYPES[request.dtype]
     up, down = (factor.to(torch_dtype(stored)) for factor in svd.balanced(found))
     return Decomposed(
@@ -93,13 +96,13 @@ def _spectrum(matrix: Tensor, found: svd.Factors, up: Tensor, down: Tensor) -> S
 
 def _noise(found: svd.Factors, up: Tensor, down: Tensor) -> list[float]:
     """||u d - u' d'||^2 of every rank, u' and d' being the rounded factors. Roundings of different ranks hardly have a common direction."""
-    wide = up.double(), down.double()
-    exact = tuple(factor.double() for factor in svd.balanced(found))
-    left, right = (wide[0] - exact[0], wide[1] - exact[1])
-    first = left.square().sum(0) * exact[1].square().sum(1)
-    second = wide[0].square().sum(0) * right.square().sum(1)
-    cross = (left * wide[0]).sum(0) * (exact[1] * right).sum(1)
-    values: list[float] = (first + second + 2 * cross).clamp_min(0).tolist()
+    exact_up, exact_down = svd.balanced(found)
+    wide_up, wide_down = up.to(exact_up), down.to(exact_down)
+    left, right = wide_up - exact_up, wide_down - exact_down
+    first = left.square().sum(0) * exact_down.square().sum(1)
+    second = wide_up.square().sum(0) * right.square().sum(1)
+    cross = (left * wide_up).sum(0) * (exact_down * right).sum(1)
+    values: list[float] = (first + second + 2 * cross).double().clamp_min(0).tolist()
     return values
 
 

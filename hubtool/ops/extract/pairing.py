@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hubtool.errors import ConversionError, RecognitionError, ShapeMismatch, UnknownFamily
+from hubtool.errors import ConversionError, RecognitionError, ShapeMismatch, UnknownFamily, Unsupported
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import checkpoints
 from hubtool.layouts.checkpoint_source import Source, recognise
 from hubtool.layouts.checkpoints import Checkpoint
 from hubtool.tensors import expr as e
+from hubtool.tensors.dtypes import FLOATS
 from hubtool.tensors.expr import Expr, Read
 from hubtool.types import Shape
 
 Pair = tuple[Expr, Expr]
 ParameterKey = tuple[str, str]  # (component, canonical parameter): ("unet", "conv_in.weight")
+
+# tensors beside a weight that its numbers have to be multiplied with (ComfyUI's scaled fp8, bitsandbytes, torchao)
+_SCALES = frozenset({
+    "scale_weight", "weight_scale", "weight_scale_2", "scale_input", "input_scale", "scaled_fp8", "comfy_quant",
+    "absmax", "quant_map", "nested_absmax", "SCB", "scales", "qweight",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,15 @@ def _required(file: TensorFile, other: Side | None) -> Side:
     found = side(file, None if other is None else other.family)
     assert found is not None  # _settled has recognised it before
     return found
+
+
+def refuse_quantised(side: Side) -> None:
+    """Raise ``Unsupported`` for weights whose stored numbers mean nothing without scales beside them."""
+    for key, ref in side.source.tensors.items():
+        last = key.rpartition(".")[2]
+        if last in _SCALES or (last == "weight" and len(ref.shape) > 1 and ref.dtype not in FLOATS):
+            text = f"{key} says that weights are quantised: their numbers mean nothing without their scales"
+            raise Unsupported(text, path=side.file.path, hint="take the checkpoint that this one was made of")
 
 
 def pair(base: Side, tuned: Side) -> Pairs:

@@ -15,8 +15,8 @@ from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.emit import emit
 from hubtool.ops.adapters import config_losses
 from hubtool.ops.extract import changes, metadata
-from hubtool.ops.extract.factors import Decomposed, decompose
-from hubtool.ops.extract.pairing import Pair, Pairs, ParameterKey, Side, pair
+from hubtool.ops.extract.factors import Decomposed, decompose, memory
+from hubtool.ops.extract.pairing import Pair, Pairs, ParameterKey, Side, pair, refuse_quantised
 from hubtool.ops.extract.pool import Progress, Room
 from hubtool.ops.extract.report import Component, Module, Report
 from hubtool.ops.extract.request import DTYPES, Request
@@ -29,7 +29,8 @@ from hubtool.tensors import expr as e
 from hubtool.tensors.dtypes import BITS, numel
 from hubtool.tensors.expr import Cols, Expr
 
-_HEADER = 130  # bytes of the JSON header that a tensor takes, about
+_HEADER = 150  # bytes of the JSON header that a tensor takes, about
+_METADATA = 4000  # bytes of what the output says about itself, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class Task:
 
     @property
     def total(self) -> int:
-        """fp32 bytes of the changes to decompose: what progress counts up to, about."""
-        return sum(4 * numel(unit.shape) for unit in self.sorted.units)
+        """What progress counts up to."""
+        return sum(memory(unit, self.request) for unit in self.sorted.units)
 
     def to_json(self) -> dict[str, Any]:
         """What ``--dry-run`` knows: at most these modules, before a number was read."""
@@ -66,8 +67,10 @@ class Task:
 
 
 def prepare(base: Side, tuned: Side, request: Request) -> Task:
-    """What there is to do; only headers were read. Raises ``UsageProblem``, ``ShapeMismatch``, ``ConversionError``."""
+    """What there is to do; only headers were read. Raises ``UsageProblem``, ``ShapeMismatch``, ``Unsupported``, ``ConversionError``."""
     request.check()
+    for one in (base, tuned):
+        refuse_quantised(one)
     pairs = pair(base, tuned)
     found = sort(pairs, request)
     if not found.units and not found.dense:
@@ -87,7 +90,7 @@ def extract(task: Task, scratch: Scratch, progress: Progress | None = None) -> t
     with room.sources:
         dense = {key: both for key, both in task.sorted.dense.items() if changes.differ(*both, room)}
         left = {reason: changes.changed(task.pairs, keys, room) for reason, keys in task.sorted.left.items()}
-    ranks = _ranks(changed, task.request)
+    ranks = _ranks(changed, task.request, _reserved(task, dense))
     kept = [(one, rank) for one, rank in zip(changed, ranks, strict=True) if rank]
     if not kept and not dense:
         raise _nothing(task, bool(changed))
@@ -103,12 +106,20 @@ def _nothing(task: Task, changed: bool) -> ConversionError:
     return ConversionError(text, path=task.tuned.file.path, hint="hubtool diff shows where they differ")
 
 
-def _ranks(changed: Sequence[Decomposed], request: Request) -> list[int]:
-    """The rank of each module. A size is kept with names and alphas counted in."""
+def _reserved(task: Task, dense: Mapping[ParameterKey, Pair]) -> int:
+    """Bytes of the output beside its factors: differences, and a header with what the parents say about themselves."""
+    width = BITS[DTYPES[task.request.dtype]] // 8
+    differences = sum(width * numel(both[0].shape) + _HEADER for both in dense.values())
+    said = (task.base.file.metadata, task.tuned.file.metadata)
+    return differences + _METADATA + sum(2 * len(key) + 2 * len(text) for one in said for key, text in one.items())
+
+
+def _ranks(changed: Sequence[Decomposed], request: Request, reserved: int) -> list[int]:
+    """The rank of each module. A size is kept with names, alphas and ``reserved`` bytes counted in."""
     if request.budget.size is not None:
         overhead = [3 * _HEADER + 4 for _ in changed]
         spectra = [one.spectrum for one in changed]
-        return within(spectra, request.budget.size, [_cost(one, request) for one in changed], overhead)
+        return within(spectra, request.budget.size - reserved, [_cost(one, request) for one in changed], overhead)
     keyed = dict(enumerate(changed))
     spectra_by = {i: one.spectrum for i, one in keyed.items()}
     if not request.budget.needs_spectra:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int], None]
-_MEMORY = 320 << 20  # bytes of fp32 that jobs under way may hold together; a larger one runs alone
+MEMORY = 256 << 20  # bytes that jobs under way may hold together; a larger one runs alone
 
 
 class Room:
@@ -32,6 +32,16 @@ class Room:
         self.sources = Sources()
         self.bench = Bench(self.sources, device)
         self._buffer: Tensor | None = None
+        self._halves: Tensor | None = None
+
+    def halves(self, count: int) -> Tensor:
+        """``count`` bf16 numbers in host memory, valid until the next call."""
+        import torch
+
+        if self._halves is None or len(self._halves) < count:
+            self._halves = None
+            self._halves = torch.empty(count, dtype=torch.bfloat16)
+        return self._halves[:count]
 
     def buffer(self, count: int) -> Tensor:
         """``count`` fp32 numbers on the device, valid until the next call."""
@@ -68,24 +78,40 @@ class Room:
         return read
 
 
-class _Memory:
-    """Bytes that jobs share; one that needs more than all of them waits until it is alone."""
+class _Queue:
+    """Jobs by weight, largest first; a worker takes the largest that fits into the memory others leave, or any when it is alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Sequence[int], memory: int | None) -> None:
+        self._weights, self._memory = weights, memory
+        self._left = sorted(range(len(weights)), key=lambda i: -weights[i])
         self._held = 0
         self._freed = threading.Condition()
 
-    @contextmanager
-    def held(self, amount: int) -> Iterator[None]:
+    def take(self) -> int | None:
+        """Index of a job; None when none is left."""
         with self._freed:
-            self._freed.wait_for(lambda: not self._held or self._held + amount <= _MEMORY)
-            self._held += amount
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._held -= amount
-                self._freed.notify_all()
+            while self._left:
+                at = next((at for at, i in enumerate(self._left) if self._fits(self._weights[i])), None)
+                if at is not None:
+                    index = self._left.pop(at)
+                    self._held += self._weights[index]
+                    return index
+                self._freed.wait()
+            return None
+
+    def _fits(self, weight: int) -> bool:
+        return self._memory is None or not self._held or self._held + weight <= self._memory
+
+    def done(self, index: int) -> None:
+        with self._freed:
+            self._held -= self._weights[index]
+            self._freed.notify_all()
+
+    def stop(self) -> None:
+        """Nobody takes a job any more."""
+        with self._freed:
+            self._left.clear()
+            self._freed.notify_all()
 
 
 def run(
@@ -96,48 +122,47 @@ def run(
     device: str = "cpu",
     workers: int | None = None,
     progress: Progress | None = None,
+    memory: int | None = MEMORY,
 ) -> list[R]:
-    """``work(job, room)`` for every job, results in the order of the jobs. ``weight``: fp32 bytes of a job.
+    """``work(job, room)`` for every job, results in the order of the jobs. ``weight``: bytes that a job takes or reads.
 
-    ``progress`` is called with the weight of each job done. The first error stops the others and is raised; inputs that changed
+    ``memory``: bytes that jobs under way may take together, None for jobs that read in tiles. ``progress`` is called with the weight of each job done. The first error stops the others and is raised; inputs that changed
     meanwhile raise ``CorruptFile``.
     """
-    memory, local, rooms, lock = _Memory(), threading.local(), list[Room](), threading.Lock()
+    weights = [weight(job) for job in jobs]
+    queue, results, lock = _Queue(weights, memory), dict[int, R](), threading.Lock()
 
-    def one(job: T) -> R:
-        with memory.held(weight(job)):
-            result = work(job, local.room)
-        if progress is not None:
-            with lock:
-                progress(weight(job))
-        return result
-
-    def enter() -> None:
+    def loop() -> None:
         import torch
 
         torch.set_num_threads(1)  # counts for the calling thread: a module per worker beats many threads for a module
-        local.room = Room(device)
-        rooms.append(local.room)
-
-    order = sorted(range(len(jobs)), key=lambda i: -weight(jobs[i]))
-    with _threads(workers, enter) as pool:
-        futures: dict[int, Future[R]] = {i: pool.submit(one, jobs[i]) for i in order}
-        results = [futures[i].result() for i in range(len(jobs))]
-    for room in rooms:
+        room = Room(device)
         with room.sources:
-            pass  # closing compares every file with what it was
-    return results
+            while (index := queue.take()) is not None:
+                results[index] = work(jobs[index], room)
+                queue.done(index)
+                if progress is not None:
+                    with lock:
+                        progress(weights[index])
+
+    count = min(workers or len(os.sched_getaffinity(0)), max(len(jobs), 1))
+    with _threads(count, queue) as pool:
+        futures = [pool.submit(loop) for _ in range(count)]
+        for future in as_completed(futures):
+            future.result()
+    return [results[i] for i in range(len(jobs))]
 
 
 @contextmanager
-def _threads(workers: int | None, enter: Callable[[], None]) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what is waiting when it is left by an error; torch's threads are afterwards what they were."""
+def _threads(count: int, queue: _Queue) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose workers find nothing more to do when it is left by an error; torch's threads are afterwards what they were."""
     import torch
 
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "hubtool", enter)
+    pool = ThreadPoolExecutor(count, "hubtool")
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        queue.stop()
+        pool.shutdown()
         torch.set_num_threads(before)

@@ -127,11 +127,14 @@ def _basis(columns: Any) -> tuple[Any, Any]:
 
 
 def aligned(found: Bases) -> tuple[Any, tuple[Any, ...]]:
-    """(left of the concatenated changes times their singular values (p, k), the parts V_i (k, q) of each): KnOTS, arXiv 2410.19735."""
+    """(U S (m, k), the parts V_i (k, n) of every term) of the concatenated changes [W_1 W_2 ...] = U S [V_1 V_2 ...]: KnOTS, arXiv 2410.19735."""
     import torch
 
     u, values, v = torch.linalg.svd(torch.cat(found.cores, 1), full_matrices=False)
-    return u * values, v.split(found.right.shape[0], 1)
+    kept = values >= _NOTHING * values[0]
+    left = found.left @ (u * values)[:, kept].to(found.left.dtype)
+    parts = v[kept].to(found.right.dtype).split(found.right.shape[0], 1)
+    return left, tuple(part @ found.right for part in parts)
 
 
 def of_dense(change: Any, rank: int, seed: int = 0) -> Decomposed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from types import MappingProxyType
@@ -16,11 +16,13 @@ from hubtool.ops.factor_space.terms import Factors
 from hubtool.ops.methods import Method
 from hubtool.ops.randomised_svd import seed_of
 from hubtool.tensors.expr import Expr, Item, Joint
+from hubtool.tensors.tiles import TILE
 from hubtool.types import Shape
 
 Space = Literal["dense", "core", "knots"]
 Tensors = Sequence[Any]
 Term = tuple[Any, Any, float]
+Rows = Callable[[int, int], list[Any]]
 
 
 @dataclass(slots=True)
@@ -85,17 +87,31 @@ class Blend:
         gram = [[products[at[i]][at[j]] if i in at and j in at else 0.0 for j in range(count)] for i in range(count)]
         return found(self.method, gram, self.weights, self.parameters, based=self.based)
 
-    def entrywise(self, changes: Sequence[Any]) -> Any:
-        """The method on present changes of one shape, zeros for those that leave the module alone."""
+    def entrywise(self, rows: Rows, shape: tuple[int, int]) -> Any:
+        """The method on changes of one shape, a few rows at a time. ``rows(start, stop)``: those of every present change."""
         import torch
 
-        known = {index: change.float() for index, change in zip(self.present, changes, strict=True)}
-        zero = torch.zeros_like(changes[0], dtype=torch.float32)
-        every = [known.get(i, zero) for i in range(len(self.weights) + self.based)]
-        inputs, base = (every[:-1], every[-1]) if self.based else (every, None)
-        return self.method.apply(
-            inputs, weights=self.weights, base=base, key=self.name, seed=self.seed, **self.parameters
-        )
+        step = max(TILE // shape[1], 1)
+        spans = [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+        kernel: Any = self.method.kernel
+        given = self._given()
+        if kernel.survey is not None:
+            given["state"] = kernel.survey(lambda: (self._every(rows(*span)) for span in spans), **given)
+        made = [kernel(*self._every(rows(*span)), start=span[0] * shape[1], **given) for span in spans]
+        return torch.cat(made)
+
+    def _given(self) -> dict[str, Any]:
+        values = tuple(self.method.checked(self.parameters).items())
+        given: dict[str, Any] = {"weights": self.weights, "base": self.based, "values": values}
+        return given | ({"key": self.name, "seed": self.seed} if self.method.random else {})
+
+    def _every(self, present: Sequence[Any]) -> tuple[Any, ...]:
+        """Zeros for inputs that leave the module alone; the base last."""
+        import torch
+
+        known = {index: tile.float() for index, tile in zip(self.present, present, strict=True)}
+        zero = torch.zeros_like(present[0], dtype=torch.float32)
+        return tuple(known.get(i, zero) for i in range(len(self.weights) + self.based))
 
 
 def decomposed(tensors: Tensors, blend: Blend, most: int) -> Decomposed:
@@ -103,13 +119,26 @@ def decomposed(tensors: Tensors, blend: Blend, most: int) -> Decomposed:
     _finite(tensors, blend)
     if blend.combines:
         return algebra.of_factors(*algebra.stacked(blend.summands(tensors)))
+    terms = blend.terms(tensors)
     if blend.space == "dense":
-        return algebra.of_dense(blend.entrywise(_products(blend.terms(tensors))), most, seed_of(blend.seed, blend.name))
-    common = algebra.bases(blend.terms(tensors))
+        return algebra.of_dense(_products(terms, blend), most, seed_of(blend.seed, blend.name))
+    common = algebra.bases(terms)
     if blend.space == "core":
-        return algebra.of_core(common.left, blend.entrywise(common.cores), common.right)
+        return algebra.of_core(common.left, _whole(common.cores, blend), common.right)
     left, parts = algebra.aligned(common)
-    return algebra.of_core(common.left, left @ blend.entrywise(parts).double(), common.right)
+    return algebra.of_factors(left, _whole(parts, blend))
+
+
+def _products(terms: Sequence[Term], blend: Blend) -> Any:
+    """What the method makes of the products, of which no more than a tile is formed at a time."""
+    flat = [(up.flatten(1), down.flatten(1), scale) for up, down, scale in terms]
+    shape = flat[0][0].shape[0], flat[0][1].shape[1]
+    return blend.entrywise(lambda a, b: [scale * (up[a:b] @ down) for up, down, scale in flat], shape)
+
+
+def _whole(changes: Sequence[Any], blend: Blend) -> Any:
+    """What the method makes of small matrices."""
+    return blend.entrywise(lambda a, b: [change[a:b] for change in changes], tuple(changes[0].shape))
 
 
 def _finite(tensors: Tensors, blend: Blend) -> None:
@@ -120,10 +149,6 @@ def _finite(tensors: Tensors, blend: Blend) -> None:
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             name = blend.tensors[index] if blend.tensors else blend.name
             raise BadValues(f"{name} holds NaN or infinity", hint="hubtool inspect tells more of the file")
-
-
-def _products(terms: Sequence[Term]) -> list[Any]:
-    return [scale * (up.flatten(1) @ down.flatten(1)) for up, down, scale in terms]
 
 
 def values(*tensors: Any, blend: Blend, most: int) -> tuple[list[float], float]:

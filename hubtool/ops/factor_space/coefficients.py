@@ -7,9 +7,10 @@ same inner products. So the formulas stay in ``hubtool.ops.methods``, and no cha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from hubtool.ops.methods import Method
+from hubtool.ops.methods import Method, find
 
 ISOMETRIC = frozenset({"slerp", "model_stock", "geometric_median", "orthogonalise"})
 
@@ -23,10 +24,18 @@ def plain(
     method: Method, weights: Sequence[float], params: Mapping[str, Any], *, based: bool = False
 ) -> tuple[float, ...]:
     """The coefficients of a linear method; those of the base, where there is one, come last."""
+    return _plain(method.id, tuple(weights), tuple(sorted(params.items())), based)
+
+
+@lru_cache(1024)
+def _plain(
+    name: str, weights: tuple[float, ...], params: tuple[tuple[str, Any], ...], based: bool
+) -> tuple[float, ...]:
+    """Most modules of a file have the same strengths."""
     import torch
 
     vectors = list(torch.eye(len(weights) + based, dtype=torch.float64))
-    return _applied(method, vectors, weights, params, based)
+    return _applied(find(name), vectors, weights, dict(params), based)
 
 
 def found(

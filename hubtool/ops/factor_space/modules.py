@@ -17,6 +17,7 @@ from hubtool.ops.factor_space.blend import Blend, Measured, Space, Written, merg
 from hubtool.ops.factor_space.coefficients import plain
 from hubtool.ops.factor_space.terms import Addend, Factors
 from hubtool.ops.methods import Method
+from hubtool.tensors import expr as e
 from hubtool.tensors.dtypes import numel
 from hubtool.tensors.expr import Compute, Expr, sources
 from hubtool.types import Shape
@@ -203,7 +204,29 @@ def _multiplied(up: Any, down: Any) -> Any:
 def finished(job: Job, rank: int, asked: Asked) -> LowRank:
     """The low-rank patch of a job at a rank."""
     assert job.blend is not None
-    scale = 1.0 if asked.alpha is None else asked.alpha / rank
-    up, down = merged(job.factors, job.blend, Written(rank, job.shape, job.dtype, scale, asked.report))
-    bias, magnitude = job.company.get("diff_b"), job.company.get("dora_scale")
-    return LowRank(up, down, alpha_value=scale * rank, dora_scale=magnitude, diff_b=bias)
+    alpha = float(rank) if asked.alpha is None else asked.alpha
+    up, down = merged(job.factors, job.blend, Written(rank, job.shape, job.dtype, alpha / rank, asked.report))
+    return _accompanied(LowRank(up, down, alpha_value=alpha), job)
+
+
+def side_by_side(job: Job, asked: Asked) -> LowRank | None:
+    """The inputs' own numbers one beside the other, with what they have in common as alpha; None where that takes arithmetic."""
+    shares = [abs(share * one.scale) for share, one in zip(job.slot.shares(asked), job.factors, strict=True)]
+    dtypes = {tensor.dtype for one in job.factors for tensor in (one.up, one.down)}
+    rank = sum(one.rank for one in job.factors)
+    if len(set(shares)) > 1 or dtypes != {job.dtype} or rank > job.natural:
+        return None
+    out, *inner = job.shape
+    signs = [-1.0 if share < 0 else 1.0 for share in job.slot.shares(asked)]
+    ones = (1,) * (len(inner) - 1)
+    ups = (
+        e.reshape(terms.scaled(one.up, sign), (out, one.rank, *ones))
+        for one, sign in zip(job.factors, signs, strict=True)
+    )
+    downs = (e.reshape(one.down, (one.rank, *inner)) for one in job.factors)
+    joined = LowRank(e.concat(tuple(ups), 1), e.concat(tuple(downs)), alpha_value=shares[0] * rank)
+    return _accompanied(joined, job)
+
+
+def _accompanied(patch: LowRank, job: Job) -> LowRank:
+    return replace(patch, dora_scale=job.company.get("dora_scale"), diff_b=job.company.get("diff_b"))

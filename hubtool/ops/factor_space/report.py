@@ -15,7 +15,7 @@ from hubtool.ops.factor_space.blend import Measured
 @dataclass(frozen=True, slots=True)
 class Module:
     """One module of the output. ``inputs``: how many of the inputs change it; ``ranks``: theirs, as low-rank factors; ``how``: ``copied``
-    (an input's own factors), ``exact`` (every rank kept), ``truncated``, ``summed`` (whole differences)."""
+    (inputs' own factors), ``exact`` (every rank kept), ``truncated``, ``summed`` (whole differences)."""
 
     inputs: int
     ranks: tuple[int, ...]

@@ -10,21 +10,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from hubtool.errors import FileError
 from hubtool.formats.base import TensorFile
+from hubtool.formats.documents import read_json
 from hubtool.layouts.claims import read_claims
 from hubtool.layouts.receipt import carried_metadata
 from hubtool.tensors.strict_json import JsonError, loads
 
 PARENTS = "hubtool.parents"
+DOCUMENTS = {
+    "hubtool.recipe": "hubtool.recipe.json",
+    PARENTS: f"{PARENTS}.json",
+}  # metadata of a file -> document of a folder
 _RECIPE = "hubtool.recipe"
 _LICENCE, _TRIGGERS, _TITLE, _FROM = (
     "modelspec.license", "modelspec.trigger_phrase", "modelspec.title", "modelspec.merged_from",
 )  # fmt: skip
 _UNSTATED = frozenset({"", "none", "unknown", "null"})
-_LARGE = frozenset({"modelspec.thumbnail"})  # a picture: it shows another file
+_PICTURE, _HEADER = "modelspec.thumbnail", "hubtool.base"  # a picture shows another file, and a header takes room
 _MAX_DEPTH = 48
 _JOIN = ", "
 
@@ -41,18 +48,27 @@ class Parent:
     @classmethod
     def of(cls, file: TensorFile, sha256: str | None = None) -> Parent:
         """The parent that an opened input is."""
-        return cls(file.path.name, sha256, dict(file.metadata), read_claims(file).trigger_words)
+        papers = {key: text for key, name in DOCUMENTS.items() if (text := _paper(file.path / name)) is not None}
+        return cls(file.path.name, sha256, {**file.metadata, **papers}, read_claims(file).trigger_words)
 
     def to_json(self) -> dict[str, Any]:
-        said = carried_metadata(self.metadata, "format", *_LARGE)
+        said = carried_metadata(self.metadata, "format", _PICTURE, _HEADER)
         nested = {name: _document(said.pop(key, None)) for name, key in (("recipe", _RECIPE), ("parents", PARENTS))}
         document: dict[str, Any] = {"name": self.name, "sha256": self.sha256, "metadata": said, **nested}
         return {name: value for name, value in document.items() if value not in (None, {})}
 
 
+def _paper(path: Path) -> str | None:
+    """A document of a folder as text; None where there is none that can be read."""
+    try:
+        return json.dumps(read_json(path)) if path.parent.is_dir() and path.is_file() else None
+    except FileError:
+        return None
+
+
 def merged(own: Mapping[str, str], parents: Sequence[Parent]) -> dict[str, str]:
     """``own`` metadata of an output with what its parents said. Stale hashes and pictures are dropped."""
-    said = carried_metadata(own, PARENTS, _RECIPE, *_LARGE)
+    said = carried_metadata(own, PARENTS, _RECIPE, _PICTURE)
     said |= {"format": own["format"]} if "format" in own else {}
     licences = _union(_split(parent.metadata.get(_LICENCE, "")) for parent in parents)
     words = _union(parent.trigger_words for parent in parents)

@@ -13,9 +13,9 @@ Words = Mapping[str, Any]  # name -> (n, ...) tensors of a text
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """(width, height) of each image before cutting, the corner of the cut, and the cut: what SDXL is told."""
+    """(width, height) of each image in its file, the corner of the cut, and the cut: what SDXL is told."""
 
-    shown: Sequence[tuple[int, int]]
+    original: Sequence[tuple[int, int]]
     corner: Sequence[tuple[int, int]]
     cut: Sequence[tuple[int, int]]
 

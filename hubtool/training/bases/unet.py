@@ -46,8 +46,8 @@ def _time_ids(sizes: Sizes, like: Any) -> Any:
     import torch
 
     rows = [
-        [*shown[::-1], *corner[::-1], *cut[::-1]]
-        for shown, corner, cut in zip(sizes.shown, sizes.corner, sizes.cut, strict=True)
+        [*original[::-1], *corner[::-1], *cut[::-1]]
+        for original, corner, cut in zip(sizes.original, sizes.corner, sizes.cut, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float32, device=like.device)
 

@@ -29,11 +29,11 @@ def templates(data: Data) -> tuple[str, ...]:
 def caption(item: Item, data: Data, tokens: Sequence[str], dice: Random) -> str:
     """The caption of ``item``: its own words, the template's or the file's name, with the new tokens in their place.
 
-    ``dice`` decides between templates, about dropping and about the order of tags. Raises ``UsageProblem`` for an image that should
+    Without any other source, runs with new tokens use the templates of ``object``. ``dice`` decides between templates, about dropping and about the order of tags. Raises ``UsageProblem`` for an image that should
     have a caption file and has none.
     """
     choice, dropped = dice.random(), dice.random() < data.caption_dropout
-    text = _source(item, data, choice)
+    text = _source(item, data, choice, templates(data) or (OBJECT if tokens else ()))
     if dropped:
         return ""
     text = filled(text, item.name, tokens)
@@ -45,8 +45,8 @@ def filled(text: str, name: str, tokens: Sequence[str]) -> str:
     return text.replace("{token}", " ".join(tokens)).replace("{name}", name).strip()
 
 
-def _source(item: Item, data: Data, choice: float) -> str:
-    own, made = item.caption, templates(data)
+def _source(item: Item, data: Data, choice: float, made: tuple[str, ...]) -> str:
+    own = item.caption
     if data.captions == "none":
         return ""
     if data.captions == "names":

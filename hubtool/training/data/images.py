@@ -13,7 +13,7 @@ from hubtool.training.data.items import Item, pillow
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How an image becomes its bucket. ``shown``: the size before cutting, which SDXL is told together with ``corner``."""
+    """How an image becomes its bucket: scaled to ``shown``, then cut at ``corner`` (left, top)."""
 
     bucket: tuple[int, int]
     shown: tuple[int, int]

@@ -1,0 +1,160 @@
+"""Everything a run needs, put together: pipeline, parts, data, objective, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hubtool.errors import Unsupported, UsageProblem
+from hubtool.pipelines import live
+from hubtool.pipelines.families import family_of
+from hubtool.training import bases, objectives, optimiser, prior
+from hubtool.training.average import Average
+from hubtool.training.bases import Base
+from hubtool.training.config import Config
+from hubtool.training.data.batches import Batches
+from hubtool.training.data.items import collect
+from hubtool.training.device import Place, place
+from hubtool.training.latents import Latents
+from hubtool.training.methods import Method
+from hubtool.training.objectives import Goal
+from hubtool.training.parts.base import Group, Part
+from hubtool.training.texts import Texts
+
+
+@dataclass(slots=True)
+class Session:
+    """``own`` and ``prior`` deal out the images to learn and those of the class (None without prior preservation)."""
+
+    config: Config
+    method: Method
+    pipe: Any
+    base: Base
+    place: Place
+    parts: list[Part]
+    groups: list[Group]
+    parameters: dict[str, Any]
+    optimiser: Any
+    scaler: Any
+    average: Average
+    goal: Goal
+    own: Batches
+    prior: Batches | None
+    texts: Texts
+    latents: Latents
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.base.denoiser)
+
+
+@contextmanager
+def session(pipe: Any, config: Config, method: Method, made: Callable[[], None]) -> Iterator[Session]:
+    """Put a run together; afterwards the pipeline holds what it held before.
+
+    ``made``: called for each class image that had to be made. Raises ``Unsupported`` for a family that the method does not fit, and
+    what reading the data raises.
+    """
+    import torch
+
+    base = _base(pipe, config, method)
+    with ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng())
+        where = place(config.run)
+        _settle(pipe, where)
+        own = _own(config, method)
+        others = prior.items(pipe, config, made)
+        undo.callback(_restore, _modes(pipe))
+        _freeze(pipe)
+        parts: list[Part] = []
+        undo.callback(_remove, parts)
+        for part in method.parts:
+            parts.append(part(base, config))  # noqa: PERF401 - a part that fails leaves those before it to be removed
+        groups = [group for part in parts for group in part.groups]
+        parameters = {name: value for group in groups for name, value in group.parameters.items()}
+        frozen = not any(group.name in ("text", "tokens") for group in groups)
+        if config.run.checkpointing:
+            undo.callback(_keep_activations, _spare_activations(pipe, base, frozen))
+        yield Session(
+            config, method, pipe, base, where, parts, groups, parameters, optimiser.make(groups, config.optimiser),
+            where.scaler(), Average(parameters, config.optimiser.ema), objectives.make(pipe.scheduler, config.objective),
+            own, Batches(others, config, (), "class") if others else None, Texts(base, frozen=frozen), Latents(base, config),
+        )  # fmt: skip
+
+
+def _base(pipe: Any, config: Config, method: Method) -> Base:
+    family = family_of(pipe)
+    if family not in method.families:
+        raise Unsupported(f"{method.name} does not fit {family}", hint=f"families: {', '.join(method.families)}")
+    if not config.data.folder:
+        raise UsageProblem("no folder of images is named", hint="--set data.folder=DIR")
+    return bases.make(pipe, config.objective.guidance, config.objective.clip_skip)
+
+
+def _own(config: Config, method: Method) -> Batches:
+    """The images to learn. A token that no caption holds would learn nothing: that is refused."""
+    tokens = config.tokens.names if "tokens" in method.trains else ()
+    own = Batches(collect(config.data.folder), config, tokens)
+    said = " ".join(sample.caption for number in range(own.per_epoch) for sample in own.batch(number))
+    unsaid = [token for token in tokens if token not in said]
+    if unsaid:
+        hint = (
+            "write {token} into the captions, or --set 'data.template=[\"a photo of {token}\"]' data.captions=template"
+        )
+        raise UsageProblem(f"no caption of the first epoch holds {', '.join(unsaid)}", hint=hint)
+    return own
+
+
+def _settle(pipe: Any, where: Place) -> None:
+    """Move everything to the device in the frozen dtype; a VAE overflows in fp16, so it stays in fp32 there."""
+    import torch
+
+    pipe.to(where.device, where.dtype) if where.mixed else pipe.to(where.device)
+    if where.dtype == torch.float16:
+        pipe.vae.to(torch.float32)
+
+
+def _freeze(pipe: Any) -> None:
+    for model in live.modules(pipe).values():
+        model.requires_grad_(False)
+        model.eval()
+
+
+def _modes(pipe: Any) -> list[tuple[Any, bool, list[tuple[Any, bool]]]]:
+    """What training changes about the components: their mode and which parameters ask for gradients."""
+    return [
+        (model, model.training, [(p, p.requires_grad) for p in model.parameters()])
+        for model in live.modules(pipe).values()
+    ]
+
+
+def _restore(before: list[tuple[Any, bool, list[tuple[Any, bool]]]]) -> None:
+    for model, training, flags in before:
+        model.train(training)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _remove(parts: list[Part]) -> None:
+    while parts:
+        parts.pop().remove()
+
+
+def _spare_activations(pipe: Any, base: Base, frozen: bool) -> list[Any]:
+    """Compute activations again instead of keeping them; the models that do so now."""
+    denoiser = getattr(pipe, base.denoiser)
+    denoiser.enable_gradient_checkpointing()
+    encoders = [] if frozen else [encoder for encoder, _ in live.encoders(pipe).values()]
+    for encoder in encoders:
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return [denoiser, *encoders]
+
+
+def _keep_activations(models: list[Any]) -> None:
+    for model in models:
+        if hasattr(model, "disable_gradient_checkpointing"):
+            model.disable_gradient_checkpointing()
+        else:
+            model.gradient_checkpointing_disable()

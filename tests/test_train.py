@@ -1,0 +1,360 @@
+"""Training: what moves and what does not, the formulas, interruption, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hubtool
+from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem, WouldOverwrite
+from hubtool.pipelines.tiny import build
+from hubtool.training import checkpoint, loop, optimiser
+from hubtool.training.config import Config
+from hubtool.training.methods import method
+from hubtool.training.session import session
+from hubtool.training.train import Trained, train
+from tests.support import training
+from tests.support.training import bits, config, pictures, prior, whole
+
+METHODS = ("lora", "dreambooth", "textual-inversion", "pivotal", "custom-diffusion")
+
+
+def one(tmp: Path, pipe: Any, *pairs: str, kind: str = "lora", images: Path | None = None, **options: Any) -> Trained:
+    return train(config(tmp, kind, *pairs, images=images), pipe, **options)
+
+
+def tensors(done: Trained) -> dict[str, torch.Tensor]:
+    return {f"{path.name}:{key}": value for path in done.written.files for key, value in load_file(path).items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_pipeline_has_its_own_bits_again_after_every_method(kind: str, tmp_path: Path) -> None:
+    pipe = build("sd1")
+    before, vocabulary = bits(pipe), len(pipe.tokenizer)
+    extra = prior(tmp_path) if kind in ("dreambooth", "custom-diffusion") else ()
+    done = one(tmp_path, pipe, *extra, "run.steps=2", "adapter.text_encoders=true", kind=kind)
+    assert equal(bits(pipe), before)
+    assert len(pipe.tokenizer) == vocabulary
+    assert done.written.main.is_file()
+
+
+@pytest.mark.parametrize("kind", ["lora", "pivotal", "custom-diffusion"])
+def test_only_the_trained_parameters_move_during_training(kind: str, tmp_path: Path) -> None:
+    pipe = build("sd1")
+    settings = config(tmp_path, kind, *prior(tmp_path), "optimiser.weight_decay=0.5", "optimiser.rate=0.01")
+    with session(pipe, settings, method(kind), lambda: None) as made:
+        trained = {id(parameter) for parameter in made.parameters.values()}
+        frozen = {
+            f"{name}.{key}": (p, p.detach().clone())
+            for name, model in pipe.components.items()
+            if isinstance(model, torch.nn.Module)
+            for key, p in model.named_parameters()
+            if id(p) not in trained
+        }
+        start = {name: p.detach().clone() for name, p in made.parameters.items()}
+        for step in range(2):
+            loop.update(made, step)
+        assert all(torch.equal(p, kept) for p, kept in frozen.values())
+        moved = [name for name, p in made.parameters.items() if not torch.equal(p, start[name])]
+        assert len(moved) == len(start)
+
+
+@pytest.mark.parametrize("kind", ["lora", "textual-inversion"])
+def test_the_loss_falls_on_a_planted_signal(kind: str, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "plain", 1, colours=(200,))
+    rates = ("optimiser.rate=0.02", "optimiser.token_rate=0.02", "run.steps=16", "adapter.only=[]", "tokens.vectors=4")
+    settings = config(tmp_path, kind, *rates, images=images)
+    with session(build("sd2"), settings, method(kind), lambda: None) as made:
+        before = probe(made)
+        for step in range(settings.run.steps):
+            loop.update(made, step)
+        assert probe(made) < (0.9 if kind == "lora" else 0.995) * before
+
+
+def probe(made: Any) -> float:
+    with torch.no_grad():
+        return sum(float(loop.batch_loss(made, number)[0]) for number in range(1000, 1008)) / 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("lora", ("optimiser.ema=0.9", "adapter.dropout=0.2", "optimiser.schedule=cosine", "optimiser.warmup=2")),
+        ("pivotal", ("tokens.only_steps=1", "tokens.norm_decay=0.1", "data.flip=true", "data.crop=random")),
+        ("custom-diffusion", ("run.accumulate=2", "optimiser.name=adafactor")),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    kind: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    pairs = (*more, *(prior(tmp_path) if kind == "custom-diffusion" else ()))
+    whole_run = one(tmp_path / "a", build("sd1"), *pairs, kind=kind)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: loop.Step) -> None:
+        if step.step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        one(tmp_path / "b", build("sd1"), *pairs, kind=kind, watch=kill)
+    resumed = one(tmp_path / "b", build("sd1"), *pairs, kind=kind, resume=True)
+    assert resumed.resumed == 2
+    assert equal(tensors(resumed), tensors(whole_run))
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    state = [load_file(tmp_path / run / "out" / "checkpoints" / "step-00000004" / "state.safetensors") for run in "ab"]
+    assert equal(*state)
+
+
+def losses(tmp: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (tmp / "out" / "log.ndjson").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = one(tmp_path / "a", build("sd1"), "run.steps=2")
+    torch.manual_seed(2)
+    assert equal(tensors(first), tensors(one(tmp_path / "b", build("sd1"), "run.steps=2")))
+    assert not equal(tensors(first), tensors(one(tmp_path / "c", build("sd1"), "run.steps=2", "run.seed=1")))
+
+
+def test_training_uses_none_of_the_callers_random_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    one(tmp_path, build("sd1"), "run.steps=1")
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_validation_pictures_change_nothing_about_the_training(tmp_path: Path) -> None:
+    plain = one(tmp_path / "a", build("sd1"), "run.steps=3")
+    shown = one(tmp_path / "b", build("sd1"), "run.steps=3", "validation.every=2", 'validation.prompts=["a {token}"]')
+    assert equal(tensors(plain), tensors(shown))
+    assert [path.name for path in (tmp_path / "b/out/samples").iterdir()] == ["step-00000002-00-00.png"]
+
+
+def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "same", 1)
+    small = one(tmp_path / "a", build("sd1"), "run.accumulate=2", "data.repeats=2", "optimiser.name=sgd", images=images)
+    large = one(tmp_path / "b", build("sd1"), "run.batch=2", "data.repeats=2", "optimiser.name=sgd", images=images)
+    for key, value in tensors(small).items():
+        torch.testing.assert_close(value, tensors(large)[key], rtol=1e-4, atol=1e-7)
+
+
+def test_the_priors_loss_is_the_formula(tmp_path: Path) -> None:
+    settings = config(tmp_path, "dreambooth", *prior(tmp_path), "objective.prior_weight=0.7", "run.batch=2")
+    with session(build("sd1"), settings, method("dreambooth"), lambda: None) as made, torch.no_grad():
+        total, told = loop.batch_loss(made, 0)
+        own = made.own.batch(0)
+        samples = [*own, *made.prior.alike(own)]
+        each = [by_hand(made, sample, at >= len(own)) for at, sample in enumerate(samples)]
+        expected = sum(each[:2]) / 2 + 0.7 * sum(each[2:]) / 2
+        assert [sample.caption for sample in samples[2:]] == ["a dog", "a dog"]
+        assert math.isclose(float(total), expected, rel_tol=1e-5)
+        assert math.isclose(float(told), sum(each[2:]) / 2, rel_tol=1e-5)
+
+
+def by_hand(made: Any, sample: Any, second: bool) -> float:
+    """DDPM's noising and the mean squared error, with diffusers' own scheduler, for one image alone."""
+    from diffusers import DDPMScheduler
+
+    from hubtool.training import seeds
+    from hubtool.training.data import images
+
+    pipe, source = made.pipe, seeds.generator(0, "noise", sample.index, int(second))
+    share = torch.rand(1, generator=source)
+    torch.randn(1, generator=source)
+    latents = pipe.vae.encode(images.pixels(sample.item, sample.cut)[None]).latent_dist
+    drawn = torch.randn(latents.mean.shape, generator=seeds.generator(0, "vae", sample.index))
+    latents = (latents.mean + latents.std * drawn) * pipe.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=source)
+    times = (share * 1000).long()
+    noisy = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, times)
+    states = pipe.encode_prompt(sample.caption, "cpu", 1, False)[0]
+    return float(((pipe.unet(noisy, times, states).sample - noise) ** 2).mean())
+
+
+def test_missing_class_images_are_made_once_and_by_number(tmp_path: Path) -> None:
+    pairs = ("data.class_prompt=a dog", "data.class_images=2", "run.steps=1")
+    made: list[int] = []
+    one(tmp_path, build("sd1"), *pairs, kind="dreambooth", made=lambda: made.append(1))
+    folder = tmp_path / "out" / "class"
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(first) == ["class-00000.png", "class-00001.png"]
+    (folder / "class-00000.png").unlink()
+    one(tmp_path, build("sd1"), *pairs, kind="dreambooth", made=lambda: made.append(1), force=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert len(made) == 3
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    pipe = build("sd1")
+    before = bits(pipe)
+
+    def poison(step: loop.Step) -> None:
+        if step.step == 3:
+            for layer in pipe.unet.modules():
+                if hasattr(layer, "lora_B"):
+                    layer.lora_B["trained"].weight.data.fill_(math.nan)
+
+    with pytest.raises(BadValues, match=r"the last good checkpoint is step-00000002") as caught:
+        one(tmp_path, pipe, "run.steps=6", watch=poison)
+    assert caught.value.path.endswith("step-00000002")
+    kept = load_file(Path(caught.value.path) / "state.safetensors")
+    assert all(bool(value.isfinite().all()) for value in kept.values())
+    assert not (tmp_path / "out" / "adapter.safetensors").exists()
+    assert equal(bits(pipe), before)
+
+
+def test_a_finished_or_interrupted_run_is_not_overwritten(tmp_path: Path) -> None:
+    done = one(tmp_path, build("sd1"), "run.steps=2")
+    with pytest.raises(WouldOverwrite, match="a result already"):
+        one(tmp_path, build("sd1"), "run.steps=2")
+    done.written.main.unlink()
+    with pytest.raises(WouldOverwrite, match="interrupted"):
+        one(tmp_path, build("sd1"), "run.steps=2")
+    again = one(tmp_path, build("sd1"), "run.steps=2", force=True)
+    assert len(again.steps) == 2
+
+
+def test_another_configuration_cannot_resume_a_run(tmp_path: Path) -> None:
+    one(tmp_path, build("sd1"), "run.steps=2")
+    with pytest.raises(UsageProblem, match=r"optimiser\.rate was 0\.0001, now 0\.5"):
+        one(tmp_path, build("sd1"), "run.steps=2", "optimiser.rate=0.5", resume=True)
+
+
+def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:
+    settings = config(tmp_path, "lora", "run.steps=5", "run.checkpoint_every=1", "run.checkpoints_kept=2")
+    train(settings, build("sd1"))
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
+    assert checkpoint.newest(settings) == tmp_path / "out/checkpoints/step-00000005"
+
+
+def test_a_method_refuses_a_family_it_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="custom-diffusion does not fit flux1"):
+        train(config(tmp_path, "custom-diffusion", *prior(tmp_path)), build("flux1"))
+
+
+def test_a_base_of_another_family_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    folder = tmp_path / "wan"
+    build("wan").save_config(folder)
+    (folder / "transformer").mkdir()
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    settings = config(tmp_path, "lora")
+    with pytest.raises((LoadMismatch, Unsupported), match="does not fit wan"):
+        train(Config(**{**fields(settings), "base": str(folder)}))
+
+
+def fields(settings: Config) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in Config.__dataclass_fields__}
+
+
+def test_tokens_that_no_caption_holds_are_refused(tmp_path: Path) -> None:
+    settings = config(tmp_path, "textual-inversion", "data.captions=names")
+    with pytest.raises(UsageProblem, match="no caption of the first epoch holds <cat>"):
+        train(settings, build("sd1"))
+
+
+@pytest.mark.parametrize("kind", ["dreambooth", "custom-diffusion"])
+def test_preserving_a_prior_needs_a_class(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="images of the class"):
+        train(config(tmp_path, kind), build("sd1"))
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3", "flux1"])
+def test_every_family_trains_low_rank_layers(family: str, tmp_path: Path) -> None:
+    pipe = whole(family)
+    before = bits(pipe)
+    done = one(tmp_path, pipe, "run.steps=2", "adapter.text_encoders=true", "run.batch=2")
+    assert equal(bits(pipe), before)
+    assert hubtool.inspect(done.written.main).to_json()["family"] == family
+    held = tensors(done)
+    assert any(bool(value.any()) for key, value in held.items() if "lora_B" in key)
+
+
+def test_an_inpainting_base_trains(tmp_path: Path) -> None:
+    pipe = training.inpainting()
+    done = one(tmp_path, pipe, "run.steps=2", "validation.every=1", 'validation.prompts=["a cat"]')
+    assert done.written.main.is_file()
+    assert len(list((tmp_path / "out/samples").iterdir())) == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_keeps_the_trained_parameters_in_fp32(precision: str, tmp_path: Path) -> None:
+    settings = config(
+        tmp_path, "lora", f"run.precision={precision}", "adapter.text_encoders=true", "run.checkpointing=true"
+    )
+    with session(build("sd1"), settings, method("lora"), lambda: None) as made:
+        done = loop.update(made, 0)
+        assert {p.dtype for p in made.parameters.values()} == {torch.float32}
+        assert made.pipe.unet.conv_in.weight.dtype == torch.bfloat16
+        assert math.isfinite(done.loss)
+
+
+def test_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+    found = []
+    for spare in ("false", "true"):
+        settings = config(tmp_path, "lora", f"run.checkpointing={spare}", "adapter.text_encoders=true")
+        with session(build("sd1"), settings, method("lora"), lambda: None) as made:
+            loop._gradients(made, 0)
+            found.append({name: p.grad.clone() for name, p in made.parameters.items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_masks_weigh_the_loss(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = pictures(tmp_path / "masked", 1)
+    left = Image.new("L", (64, 64), 0)
+    left.paste(255, (0, 0, 32, 64))
+    left.save(images / "cat_0.mask.png")
+    settings = config(tmp_path, "lora", "data.masks=true", "data.mask_floor=0", images=images)
+    with session(build("sd1"), settings, method("lora"), lambda: None) as made, torch.no_grad():
+        samples = made.own.batch(0)
+        masked = float(loop.image_losses(made, samples)[0])
+        halves = [float(cut_loss(made, samples[0], part)) for part in (slice(0, 4), slice(4, 8))]
+        assert math.isclose(masked, halves[0], rel_tol=1e-5)
+        assert not math.isclose(masked, halves[1], rel_tol=1e-3)
+
+
+def cut_loss(made: Any, sample: Any, columns: slice) -> Any:
+    from hubtool.training import loss
+
+    kept: list[Any] = []
+    own = loss.per_image
+    try:
+        loss.per_image = lambda prediction, target, *rest: (
+            kept.append((prediction, target)) or own(prediction, target, *rest)
+        )
+        loop.image_losses(made, [sample])
+    finally:
+        loss.per_image = own
+    prediction, target = kept[0]
+    return ((prediction - target)[..., columns] ** 2).mean()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "restarts", "polynomial"])
+def test_rates_rise_over_the_warm_up_and_fall_to_the_end(schedule: str) -> None:
+    from hubtool.training.config import Optimiser
+
+    settings = Optimiser(schedule=schedule, warmup=4, final=0.1)
+    rates = [optimiser.factor(settings, step, 104) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert math.isclose(rates[104], 1.0 if schedule == "constant" else 0.1)
