@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,7 +191,8 @@ def test_nothing_maps_files_or_evaluates_text() -> None:
 
 def test_no_file_names_a_machine() -> None:
     """No absolute path of the machine somebody worked on, in code, tables, tests or documents."""
-    marks = ("/" + "work/", "/" + "home/", "/" + "Users/")
+    people = "alice|bob|me"  # who stands in the examples of what must not be published
+    marks = re.compile(f"/{'work'}/|/{'home'}/(?!{people})|/{'Users'}/(?!{people})")
     folders = ("hubtool", "schemas", "migrations", "tests")
     files = [
         path
@@ -201,4 +203,4 @@ def test_no_file_names_a_machine() -> None:
     files += [
         path for name in ("README.md", "Makefile", "pyproject.toml", ".ci/run") if (path := CHECKOUT / name).exists()
     ]
-    assert not [str(path) for path in files if any(mark in path.read_text("utf-8") for mark in marks)]
+    assert not [str(path) for path in files if marks.search(path.read_text("utf-8"))]

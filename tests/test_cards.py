@@ -25,25 +25,15 @@ from hubtool.hub.layout import place, safe_name
 from hubtool.hub.licences import Licence, licence_ids, licence_of, tags_of, task_of
 from hubtool.hub.privacy import Cleaning
 from hubtool.layouts.tables import family_ids
-from tests.support.files import write_safetensors
+from tests.support.publishing import lora
 
+HOME = "/home"  # of no machine in particular
 FACTS = Facts(
     "me/style", "Style", "adapter", "lora", "pytorch_lora_weights.safetensors", family="sdxl", algorithm="lora",
     base_models=("stabilityai/stable-diffusion-xl-base-1.0",), licence=Licence("openrail++"), words=("sks dog", "oil: painting"),
     strength=0.8, task="text-to-image", tags=("stable-diffusion-xl",),
     files=(Listed("pytorch_lora_weights.safetensors", 10, "ab" * 32, "canonical"),), pictures=(Picture("images/0.png", 'a "sks" dog: #1'),),
 )  # fmt: skip
-
-
-def lora(folder: Path, metadata: dict[str, str] | None = None, name: str = "style.safetensors") -> Path:
-    """A LoRA of Stable Diffusion 1 with one module, in kohya's layout."""
-    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    tensors = {
-        f"{stem}.lora_down.weight": ("F16", (4, 768), bytes(4 * 768 * 2)),
-        f"{stem}.lora_up.weight": ("F16", (320, 4), bytes(320 * 4 * 2)),
-        f"{stem}.alpha": ("F16", (), b"\x00\x40"),
-    }
-    return write_safetensors(folder / name, tensors, metadata)
 
 
 def errors(front: dict[str, Any]) -> list[str]:
@@ -58,7 +48,7 @@ def errors(front: dict[str, Any]) -> list[str]:
     [
         ({"license": "my-own"}, "license"),
         ({"license": ["mit", "nope"]}, "license"),
-        ({"base_model": "/home/me/model"}, "base_model"),
+        ({"base_model": f"{HOME}/me/model"}, "base_model"),
         ({"base_model": "https://huggingface.co/a/b"}, "base_model"),
         ({"base_model": ["a/b", "./local"]}, "base_model"),
         ({"base_model": "v1-5.safetensors"}, "base_model"),
@@ -281,7 +271,7 @@ def test_paths_and_user_names_shrink_and_secrets_are_named_without_being_quoted(
             "ss_sd_model_name": "C:\\Users\\Alice Smith\\models\\v1-5.safetensors",
             "ss_dataset_dirs": '{"10_x": {}}',
             "ot_config": json.dumps(
-                {"workspace_dir": "/home/alice/w", "n": 1, "cache": ["D:/c/d", "a/b"], "url": "https://a.b/c/d"}
+                {"workspace_dir": f"{HOME}/alice/w", "n": 1, "cache": ["D:/c/d", "a/b"], "url": "https://a.b/c/d"}
             ),
             "ss_training_comment": "alice trained it at /mnt/data/alice/x and ~/y/z on 1/2",
             "modelspec.author": "alice",
@@ -349,7 +339,7 @@ def png(*more: bytes) -> bytes:
 
 
 def test_a_picture_gives_its_prompt_and_keeps_nothing_but_pixels() -> None:
-    text = b"parameters\0a sks dog\nNegative prompt: bad\nSteps: 20, Model: /home/me/x"
+    text = b"parameters\0a sks dog\nNegative prompt: bad\nSteps: 20, Model: /mnt/me/x"
     shown = pictures.read(png(chunk(b"tEXt", text), chunk(b"tEXt", b"workflow\0{}"), chunk(b"eXIf", b"x")), "a.png")
     assert (shown.prompt, shown.negative, shown.removed) == ("a sks dog", "bad", True)
     assert shown.data == png()
@@ -360,7 +350,7 @@ def test_jpeg_and_webp_lose_exif_and_can_still_be_decoded(tmp_path: Path) -> Non
     from PIL import Image
 
     exif = Image.Exif()
-    exif[0x010E] = "/home/me/secret"
+    exif[0x010E] = f"{HOME}/me/secret"
     for name in ("a.jpg", "a.webp"):
         Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / name, exif=exif)
         shown = pictures.read((tmp_path / name).read_bytes(), name)
@@ -403,7 +393,7 @@ def test_files_have_their_places() -> None:
 
 
 def test_a_card_is_written_updated_and_checked_alone(tmp_path: Path) -> None:
-    lora(tmp_path, {"modelspec.trigger_phrase": "sks dog"})
+    lora(tmp_path, metadata={"modelspec.trigger_phrase": "sks dog"})
     run = CliRunner()
     out = tmp_path / "README.md"
     made = run.invoke(
@@ -451,7 +441,7 @@ def test_the_card_tells_the_recipe_and_the_training(tmp_path: Path) -> None:
     recipe = {"operation": "merge", "inputs": [{"name": "a.safetensors", "sha256": "00" * 32}], "note": "```"}
     path = lora(
         tmp_path,
-        {"hubtool.recipe": json.dumps(recipe), "ss_steps": "1200", "ss_sd_model_name": "/home/bob/x.safetensors"},
+        {"hubtool.recipe": json.dumps(recipe), "ss_steps": "1200", "ss_sd_model_name": f"{HOME}/bob/x.safetensors"},
     )
     written = write_card(str(path), repo="me/style", said=Said(title="My <b>"))
     assert "| Training steps | <code>1200</code> |" in written.text

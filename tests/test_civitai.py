@@ -284,10 +284,35 @@ def test_a_file_whose_header_was_edited_is_found_by_its_tensors(
     payload = store.rows("SELECT payload_sha256 FROM artifact ORDER BY id")[0][0]
     server.add(sha(1), autov3=payload[:12])
     assert lookup(store, client, clock).counts["known"] == 0
-    found = lookup(store, client, clock, refresh=True, edited=True)
+    found = lookup(store, client, clock, edited=True)
     assert found.counts["known"] == 1
     assert next(one.facts for one in found.found if one.facts).match == "autov3"  # type: ignore[union-attr]
     assert "hub" not in browse.hashes(store, found.found[0].row.key)  # those hashes are of the file before the edit
+
+
+def test_unknown_tensors_are_believed_to_be_unknown_for_a_week_too(
+    store: Store, server: CivitaiServer, client: Civitai, clock: Clock
+) -> None:
+    for passed, asked in ((0, 3), (1, 0), (7, 3)):
+        clock.now += passed * DAY
+        before = len(server.requests)
+        lookup(store, client, clock, edited=True)
+        assert sum(method == "GET" for method, _, _ in server.requests[before:]) == asked
+
+
+def test_an_interruption_keeps_the_claims_of_what_was_answered(
+    store: Store, server: CivitaiServer, client: Civitai, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(civitai, "BATCH", 1)
+    for digest in digests(store):
+        server.add(digest)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        action.look_up(store, client=client, clock=clock, progress=stop)
+    assert sorted(len(browse.find(store, digest).trigger_words) for digest in digests(store)) == [0, 0, 2]
 
 
 def test_refs_choose_what_is_asked(store: Store, server: CivitaiServer, client: Civitai, clock: Clock) -> None:

@@ -148,6 +148,23 @@ def test_the_error_is_within_a_two_hundredth_of_the_optimum(
     assert torch.allclose(found.left.T @ found.left, torch.eye(rank), atol=1e-4)
 
 
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.5])  # the last one falls below what bf16 products can tell
+def test_large_matrices_keep_the_bound_with_and_without_bf16(
+    power: float, halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubtool.ops import randomised_svd
+
+    monkeypatch.setattr(randomised_svd, "_fast_halves", lambda: halves)
+    values = torch.arange(1, 769, dtype=torch.float64).pow(-power)
+    matrix = spectrum_matrix(values, 768, 1)
+    found = truncated_svd(matrix, 16)
+    error = (matrix.double() - found.left.double() * found.values.double() @ found.right.double()).norm()
+    assert float(error) <= 1.005 * float(values[16:].norm())
+    assert float(error) <= 1.001 * found.bound * float(values[16:].norm())
+    assert math.sqrt(found.rest) == pytest.approx(float(error), rel=1e-2)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_a_matrix_of_low_rank_is_found_exactly(rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
@@ -498,6 +515,12 @@ def test_an_existing_output_is_kept_and_found_out_at_once(base: Path, tuned: Pat
     with pytest.raises(UsageProblem, match="is an input"):
         actions.extract(actions.prepare(base, tuned, request(4)), tuned, Options(force=True))
     assert output.read_bytes() == b"mine"
+
+
+def test_a_device_that_is_not_there_is_refused(base: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="cannot compute on 'quantum'"):
+        run(base, tuned, tmp_path / "out.safetensors", request(4, device="quantum"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_layout_without_a_place_for_something_is_refused(base: Path, tuned: Path, tmp_path: Path) -> None:

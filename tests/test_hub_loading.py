@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from hubtool.actions.load import load
 from hubtool.actions.publish import Options, publish
 from hubtool.actions.publish_facts import Said
+from hubtool.errors import HubtoolError
 from hubtool.hub.client import Client
 from hubtool.layouts.emit import emit
 from hubtool.ops.execute import write
-from tests.support import tiny
+from tests.support import publishing, tiny
 from tests.support.checkpoints import saved
 
 if TYPE_CHECKING:
     from tests.support.hub import LocalHub
 
 pytest_plugins = ["tests.support.hub"]
+pytestmark = pytest.mark.slow
 
 BASE = "tester/tiny-sd1"
 SAID = Said(family="sd1", base_models=(BASE,), licence="creativeml-openrail-m", words=("a sks dog",))
@@ -155,3 +157,15 @@ def test_peft_files_can_stand_beside_a_single_file(hub: LocalHub, tmp_path: Path
     assert {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"} <= set(files)
     (tmp_path / "again.safetensors").write_bytes(files["kohya/style.safetensors"])
     assert load_file(tmp_path / "again.safetensors").keys() == load_file(tmp_path / "style.safetensors").keys()
+
+
+def test_the_snippet_can_be_run_before_anything_is_sent(hub: LocalHub, tmp_path: Path) -> None:
+    base = saved("sd1", tmp_path)
+    style = publishing.lora(tmp_path)  # made for a width of 768, the tiny encoder has 32
+    with pytest.raises(HubtoolError, match="the snippet of the card fails"):
+        publish([str(style)], "tester/style", options=Options(try_base=base))
+    assert not hub.log("", "POST")
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "toy.safetensors")
+    said = Said(base_models=("me/base",), licence="mit")
+    done = publish([str(tmp_path / "toy.safetensors")], "tester/toy", said, Options(try_base=base))
+    assert "works" in next(finding.message for finding in done.findings if finding.code == "snippet")

@@ -20,15 +20,16 @@ from hubtool.errors import HubError, HubtoolError, UnsafeFile, UsageProblem
 from hubtool.hub.client import Client
 from hubtool.registry import hub_facts
 from tests.support.files import write_safetensors
+from tests.support.publishing import STEM, lora
 
 if TYPE_CHECKING:
     from tests.support.hub import LocalHub
 
 pytest_plugins = ["tests.support.hub"]
 
+HOME = "/home"  # of no machine in particular
 REPO = "tester/style"
 SECRET = "hf_" + "Zq9" * 10
-STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 FAULTS = {
     "status": {"kind": "status", "path": "/commit/", "method": "POST", "status": 500, "times": 2},
     "unavailable": {"kind": "status", "path": "/preupload/|/tree/|/api/models/tester", "status": 503, "times": 2},
@@ -40,17 +41,6 @@ FAULTS = {
     "listing": {"kind": "reset", "path": "/tree/", "times": 1},
     "create": {"kind": "lost_response", "path": "/api/repos/create", "times": 1},
 }  # fmt: skip
-
-
-def lora(folder: Path, name: str = "style.safetensors", seed: int = 0, metadata: dict[str, str] | None = None) -> Path:
-    data = hashlib.sha256(bytes([seed])).digest()
-    up, down = (bytes((data[at % 32] % 60) for at in range(size)) for size in (320 * 4 * 2, 4 * 768 * 2))
-    tensors = {
-        f"{STEM}.lora_down.weight": ("F16", (4, 768), down),
-        f"{STEM}.lora_up.weight": ("F16", (320, 4), up),
-        f"{STEM}.alpha": ("F16", (), b"\x00\x40"),
-    }
-    return write_safetensors(folder / name, tensors, metadata)
 
 
 def client() -> Client:
@@ -145,10 +135,10 @@ def test_a_card_that_arrives_damaged_is_never_merged(hub: LocalHub, tmp_path: Pa
     send(lora(tmp_path))
     card = hub.files(REPO)["README.md"].decode() + "\nMine.\n"
     hub.put(REPO, {"README.md": card})
-    hub.fault(path="README.md|resolve-cache", **fault)
+    hub.fault(path="README.md", **fault)
     send(lora(tmp_path, seed=2), said=Said(strength=0.7))
     after = hub.files(REPO)["README.md"].decode()
-    assert after.endswith("\nMine.\n") or "\nMine.\n" in after
+    assert "\nMine.\n" in after
     assert after.count("## Use") == 1
 
 
@@ -223,7 +213,7 @@ def test_private_metadata_never_leaves_not_even_inside_a_receipt_of_origin(hub: 
 
     said = {
         "ss_dataset_dirs": '{"10_sks": {"img_count": 1}}', "ss_tag_frequency": '{"10_sks": {"sks dog": 1}}', "ss_steps": "9",
-        "ss_sd_model_name": "/home/alice/base.safetensors", "ot_config": '{"workspace_dir": "C:\\\\Users\\\\alice\\\\w"}',
+        "ss_sd_model_name": f"{HOME}/alice/base.safetensors", "ot_config": '{"workspace_dir": "C:\\\\Users\\\\alice\\\\w"}',
     }  # fmt: skip
     done = send(lora(tmp_path, metadata=said), keep_original=True)
     files = hub.files(REPO)
@@ -241,7 +231,7 @@ def test_private_metadata_never_leaves_not_even_inside_a_receipt_of_origin(hub: 
 
 
 def test_metadata_can_be_kept_but_a_secret_is_refused_and_never_quoted(hub: LocalHub, tmp_path: Path) -> None:
-    kept = send(lora(tmp_path, metadata={"ss_sd_model_name": "/home/alice/base.safetensors"}), keep_metadata=True)
+    kept = send(lora(tmp_path, metadata={"ss_sd_model_name": f"{HOME}/alice/base.safetensors"}), keep_metadata=True)
     assert any("as they are" in finding.message for finding in kept.findings)
     path = lora(tmp_path, "other.safetensors", metadata={"note": f"key {SECRET}", "comment": "x"})
     with pytest.raises(UnsafeFile) as caught:
@@ -254,7 +244,7 @@ def test_metadata_can_be_kept_but_a_secret_is_refused_and_never_quoted(hub: Loca
 
 def test_what_the_hub_would_refuse_is_refused_before_anything_is_sent(hub: LocalHub, tmp_path: Path) -> None:
     with pytest.raises(HubtoolError, match="base_model"):
-        send(lora(tmp_path), said=Said(base_models=("/home/me/model",)))
+        send(lora(tmp_path), said=Said(base_models=(f"{HOME}/me/model",)))
     with pytest.raises(HubtoolError, match="license"):
         send(lora(tmp_path), said=Said(licence="my-own"))
     with pytest.raises(UsageProblem):
@@ -267,7 +257,7 @@ def test_previews_make_a_gallery_and_lose_their_metadata(hub: LocalHub, tmp_path
 
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a sks dog\nNegative prompt: bad\nSteps: 2")
-    text.add_text("workflow", "/home/alice/x")
+    text.add_text("workflow", f"{HOME}/alice/x")
     Image.new("RGB", (8, 8)).save(tmp_path / "style.preview.png", pnginfo=text)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "more.jpg")
     send(lora(tmp_path), previews=(tmp_path / "more.jpg",))

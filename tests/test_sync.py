@@ -15,6 +15,7 @@ from hubtool.actions.hub_known import hub_known
 from hubtool.actions.library import open_store
 from hubtool.actions.link import link
 from hubtool.actions.outdated import outdated
+from hubtool.actions.publish import Options, publish
 from hubtool.actions.scan import scan
 from hubtool.errors import HubtoolError, PartialFailure
 from hubtool.registry import browse, hub_facts
@@ -293,6 +294,30 @@ def test_what_hubs_said_is_shown_without_a_network(linked: LocalHub, civitai: Ci
     assert [(origin["how"], origin["ref"]) for origin in known["origins"]] == [("linked", f"hf://{REPO}/{FILE}")]
     assert known["civitai"]["description"] == "Use at 0.8\n\nA style"
     json.dumps(known)
+
+
+def test_no_token_is_written_anywhere(linked: LocalHub, civitai: CivitaiServer, file: Path) -> None:
+    linked.put(REPO, {FILE: lora(2)})
+    said = [linked.run(*words) for words in (("outdated",), ("-v", "sync", "--pull", "--civitai", "--json"), ("log",))]
+    assert "hf_testtoken" not in "".join(done.stdout + done.stderr for done in said)
+    with open_store() as store:
+        assert store.path is not None
+        written = [path for path in (*store.path.parent.iterdir(), *file.parent.rglob("*")) if path.is_file()]
+    assert not [path for path in written if b"hf_testtoken" in path.read_bytes()]
+
+
+def test_a_publication_is_followed_from_publish_to_sync(hub: LocalHub, file: Path) -> None:
+    made = publish([str(file)], REPO, None, Options())
+    assert [(one.verdict.status, one.tie.local, one.tie.origin.how) for one in outdated()] == [
+        ("current", "same", "published")
+    ]
+    file.write_bytes(lora(7))
+    rescan(file.parent)
+    steps = run(publish=True)
+    assert acts(steps) == [("publish", "done")], steps[0].reason
+    assert len(hub.commits(REPO)) == 3  # the first one is of the repository itself
+    assert hub.head(REPO) != made.commit
+    assert run(publish=True) == []
 
 
 def test_a_civitai_that_fails_ends_with_the_exit_code_of_hubs(

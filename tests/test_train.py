@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -356,5 +357,5 @@ def test_rates_rise_over_the_warm_up_and_fall_to_the_end(schedule: str) -> None:
     settings = Optimiser(schedule=schedule, warmup=4, final=0.1)
     rates = [optimiser.factor(settings, step, 104) for step in range(105)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates[4:]))
     assert math.isclose(rates[104], 1.0 if schedule == "constant" else 0.1)

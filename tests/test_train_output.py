@@ -86,7 +86,13 @@ def test_peft_loads_the_folder(tmp_path: Path) -> None:
 
 def test_convolutions_and_magnitudes_are_trained_and_read_back(tmp_path: Path) -> None:
     pipe = build("sd1")
-    pairs = ("adapter.conv_rank=2", "adapter.dora=true", "adapter.targets=all", "output.layout=kohya")
+    pairs = (
+        "adapter.conv_rank=2",
+        "adapter.dora=true",
+        "adapter.targets=all",
+        "output.layout=kohya",
+        'adapter.only=["*.up_blocks.2.*"]',
+    )
     done, _ = run(tmp_path, pipe, "lora", *pairs)
     told = hubtool.inspect(done.written.main).to_json()
     assert (told["algorithm"], told["flags"]) == ("locon", ["dora"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hubtool.errors import HubError, HubtoolError, PartialFailure
 from hubtool.hub.civitai_text import EMPTY, Facts, claimed, facts, find_file
 from hubtool.registry import browse, hub_facts
+from hubtool.registry.columns import batches
 from hubtool.registry.hub_facts import Answer, Claims
 from hubtool.registry.query import parse
 from hubtool.registry.records import Reader, Row
@@ -25,6 +26,7 @@ DAY = 86_400
 KNOWN_FOR = 30 * DAY
 UNKNOWN_FOR = 7 * DAY
 SOURCE = "civitai"
+_AUTOV3 = "autov3:"  # key of the answer to a look-up by the hash of the tensors
 COLUMNS = ("id", "status", "name", "version", "base_model", "path")
 Asked = Callable[[], None]
 
@@ -91,7 +93,8 @@ def chosen(reader: Reader, refs: Sequence[str]) -> list[Row]:
     """The artifacts that ``refs`` name, or every present one."""
     if refs:
         return list({row.key: row for row in (browse.find(reader, ref) for ref in refs)}.values())
-    return browse.select(reader, parse("-is:corrupt"))
+    found = browse.select(reader, parse("-is:corrupt"))
+    return [row for row in found if any(place.link != "folder" for place in row.places)]  # Civitai knows files only
 
 
 def look_up(
@@ -105,25 +108,25 @@ def look_up(
     failure stays, and ``Lookup.failure`` says why the rest is missing.
     """
     from hubtool.hub.civitai import Civitai
-    from hubtool.registry.hub_store import record_claims
 
     rows = chosen(store, refs)
     client = client or Civitai()
     asked = _unanswered(store, rows, refresh, clock())
-    result = Lookup(asked=len(asked))
     answered = {row.sha256 for row in rows if row.sha256} - asked
+    result = Lookup(asked=len(asked))
     try:
         for digests, versions in client.versions(sorted(asked)):
             _keep(store, client, digests, versions, clock)
+            _claim(store, [row for row in rows if row.sha256 in digests])
             answered.update(digests)
             _tick(progress)
         if edited:
-            _look_up_edited(store, client, [row for row in rows if row.sha256 in asked], progress, clock)
+            _look_up_edited(store, client, rows, refresh, progress, clock)
     except HubError as error:
         result.failure = error
-    after = hub_facts.answers(store, (row.sha256 for row in rows if row.sha256))
-    result.found = [_found(store, row, after, answered) for row in rows]
-    record_claims(store, _claims(found for found in result.found if found.row.sha256 in asked))
+    for some in batches(rows):
+        known = hub_facts.answers(store, (row.sha256 for row in some if row.sha256))
+        result.found += [_found(store, row, known, answered) for row in some]
     return result
 
 
@@ -134,12 +137,8 @@ def plan(reader: Reader, refs: Sequence[str] = (), *, refresh: bool = False) -> 
 
 def _unanswered(reader: Reader, rows: Sequence[Row], refresh: bool, now: float) -> set[str]:
     digests = {row.sha256 for row in rows if row.sha256}
-    before = {} if refresh else hub_facts.answers(reader, digests)
-    return {digest for digest in digests if _expired(before.get(digest), now)}
-
-
-def _expired(answer: Answer | None, now: float) -> bool:
-    return answer is None or answer.expires_at <= now
+    before = {} if refresh else hub_facts.answered(reader, digests)
+    return {digest for digest in digests if digest not in before or before[digest][1] <= now}
 
 
 def _tick(progress: Asked | None) -> None:
@@ -171,21 +170,29 @@ def _answer(source: str, digest: str, raw: bytes | None, now: float) -> Answer:
 
 
 def _look_up_edited(
-    store: Store, client: Civitai, rows: Sequence[Row], progress: Asked | None, clock: Callable[[], float]
-) -> None:
-    """Ask by AutoV3 for those that no SHA256 found. An answer counts only if it names that very hash."""
+    store: Store, client: Civitai, rows: Sequence[Row], refresh: bool, progress: Asked | None, clock: Callable[[], float]
+) -> None:  # fmt: skip
+    """Ask by AutoV3 for those that no SHA256 found. An answer counts only if it names that very hash; "not known" is kept too."""
     from hubtool.registry.hub_store import record_answers
 
-    known = hub_facts.answers(store, (row.sha256 for row in rows if row.sha256))
-    for row in rows:
-        hashes = _computed(store, row)
-        short = hashes.get("payload_sha256", EMPTY)[:12]
-        if row.sha256 is None or short == EMPTY or known[row.sha256].status == 200:
-            continue
+    for row, short in _edited_candidates(store, rows, refresh, clock()):
         version = client.version(short.upper())
         _tick(progress)
-        if version is not None and find_file(version.document, hashes)[1]:
-            record_answers(store, [_answer(client.base, row.sha256, version.raw, clock())])
+        digest = row.sha256
+        if version is None or digest is None or find_file(version.document, _computed(store, row))[1] is None:
+            record_answers(store, [_answer(client.base, _AUTOV3 + short, None, clock())])
+        else:
+            record_answers(store, [_answer(client.base, digest, version.raw, clock())])
+            _claim(store, [row])
+
+
+def _edited_candidates(reader: Reader, rows: Sequence[Row], refresh: bool, now: float) -> list[tuple[Row, str]]:
+    """(artifact, AutoV3) of those that are not known by their SHA256, and were not asked for by AutoV3 lately."""
+    known = hub_facts.answered(reader, (row.sha256 for row in rows if row.sha256))
+    unknown = [row for row in rows if row.sha256 in known and known[row.sha256][0] != 200]
+    pairs = [(row, _computed(reader, row).get("payload_sha256", EMPTY)[:12]) for row in unknown]
+    tried = {} if refresh else hub_facts.answered(reader, (_AUTOV3 + short for _, short in pairs))
+    return [(row, short) for row, short in pairs if short != EMPTY and tried.get(_AUTOV3 + short, (0, 0))[1] <= now]
 
 
 def _computed(reader: Reader, row: Row) -> dict[str, str]:
@@ -205,13 +212,18 @@ def _found(reader: Reader, row: Row, answers: Mapping[str, Answer], answered: It
     return Found(row, "known", said)
 
 
-def _claims(found: Iterable[Found]) -> list[Claims]:
-    """Trigger words and hashes of the answers that prove to be about these very files."""
-    return [
-        Claims(one.row.key, SOURCE, one.facts.trigger_words, one.facts.hashes if one.facts.match == "sha256" else {})
-        for one in found
-        if one.facts is not None and one.status == "known"
-    ]
+def _claim(store: Store, rows: Sequence[Row]) -> None:
+    """Trigger words and hashes of the answers that prove to be about these very files go into the library as claims of Civitai."""
+    from hubtool.registry.hub_store import record_claims
+
+    pairs = [(row, said) for row in rows if (said := known(store, row)) is not None and said.match is not None]
+    record_claims(
+        store,
+        [
+            Claims(row.key, SOURCE, said.trigger_words, said.hashes if said.match == "sha256" else {})
+            for row, said in pairs
+        ],
+    )
 
 
 def known(reader: Reader, row: Row) -> Facts | None:

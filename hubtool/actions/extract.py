@@ -44,11 +44,12 @@ class Extracted:
     recipe: Recipe
     output: Path
     size: int
+    bytes_in: int
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = {**self.plan.to_json(), **self.report.to_json(), "recipe": self.recipe.to_json()}
-        document |= {"output": str(self.output), "size": self.size}
+        document |= {"output": str(self.output), "size": self.size, "bytes_in": self.bytes_in}
         return {**document, "warning": self.warning} if self.warning else document
 
 
@@ -89,7 +90,8 @@ def extract(
         parents = [Parent.of(file, hashes.of(file.path)) for file in files]
         plan = stamp(plan, recipe, parents)
         size = execute(plan, output, force=options.force, workers=task.request.workers, device=task.request.device)
-    return Extracted(plan, report, recipe, output, size, _record(output, files, task.request, options.library))
+    warning = _record(output, files, task.request, options.library)
+    return Extracted(plan, report, recipe, output, size, sum(file.size for file in files), warning)
 
 
 def format_of(output: str | Path) -> str | None:
@@ -98,10 +100,10 @@ def format_of(output: str | Path) -> str | None:
 
 
 def _check_output(output: Path, inputs: tuple[TensorFile, ...], force: bool) -> None:
-    """What can be known before minutes of work."""
+    """What can be known before a minute of work. Folders are never replaced."""
     if any(same_file(output, file.path) for file in inputs):
         raise UsageProblem("the output is an input", path=output, hint="choose another name")
-    if os.path.lexists(output) and not force:
+    if os.path.lexists(output) and (output.is_dir() or not force):
         raise WouldOverwrite("the output already exists", path=output, hint="choose another name, or add --force")
 
 

@@ -11,7 +11,9 @@ from hubtool.actions.where import library_exists
 from hubtool.errors import RegistryError
 from hubtool.hub import cards
 from hubtool.hub.layout import CARD
-from hubtool.hub.uploads import Held, Remote
+from hubtool.hub.uploads import Held, Remote, Upload
+
+_NOT_MADE = frozenset({"preview", "card", "index"})  # roles of files that are no form of an artifact
 
 if TYPE_CHECKING:
     from hubtool.actions.publish import Options
@@ -100,9 +102,11 @@ def _receipt(reader: Reader, endpoint: str, repo: str, done: Published) -> Recei
 
     sent = {one.path: one for one in done.desired.uploads}
     digests = {path: sent[path].sha256 if path in sent else held.sha256 or "" for path, held in done.files.items()}
-    artifacts = artifacts_by_sha256(reader, [digest for digest in digests.values() if digest])
+    known = artifacts_by_sha256(reader, [digest for digest in digests.values() if digest])
     rows = [
-        PublishedFile(path, digests[path], held.size, held.git_sha1, artifacts.get(digests[path]))
+        PublishedFile(
+            path, digests[path], held.size, held.git_sha1, known.get(digests[path]) or _source(reader, sent.get(path))
+        )
         for path, held in sorted(done.files.items())
     ]
     card = sent.get(CARD)
@@ -110,3 +114,14 @@ def _receipt(reader: Reader, endpoint: str, repo: str, done: Published) -> Recei
     return Receipt(
         endpoint, repo, done.commit, tuple(rows), done.revision, done.parent, done.pull_request, text, card.sha256 if card else None
     )  # fmt: skip
+
+
+def _source(reader: Reader, sent: Upload | None) -> int | None:
+    """The artifact that a published file was made from: cleaned or converted, it has bytes of its own."""
+    from hubtool.registry import browse
+    from hubtool.registry.text import raw_path
+
+    if sent is None or sent.origin is None or sent.role in _NOT_MADE:
+        return None
+    place = browse.at_path(reader, raw_path(os.path.abspath(sent.origin)))
+    return place.artifact_id if place else None

@@ -205,6 +205,9 @@ def _folder(made: Stage, item: Item) -> None:
     if skipped:
         made.tell("left-out", f"not published: {', '.join(skipped[:6])}{' ...' if len(skipped) > 6 else ''}")
     names = {one.path for one in made.uploads}
+    if not any(name.endswith(_WEIGHTS) for name in names):
+        hint = "links are not followed and pickles not published: convert the folder first"
+        raise UsageProblem("nothing in this folder can be published", path=item.path, hint=hint)
     made.loads = "pipeline" if "model_index.json" in names else "none"
     made.main = "model_index.json" if made.loads == "pipeline" else min(names, default="")
 

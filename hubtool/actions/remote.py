@@ -177,7 +177,8 @@ def _read(client: Client, resolved: Resolved, entry: Entry, listed: Sequence[Ent
     try:
         found = read_remote(client, resolved.ref, entry)
         file, more = _with_config(client, resolved, found.file, entry, listed)
-        return RemoteReport(entry, ref, _document(file, entry, resolved), received=found.received + more)
+        document = _document(file, entry, resolved, whole=found.whole)
+        return RemoteReport(entry, ref, document, received=found.received + more)
     except HubtoolError as error:
         return RemoteReport(entry, ref, error=error)
 
@@ -202,7 +203,7 @@ def _with_config(
     return replace(file, format="peft-folder", config={"adapter_config.json": document}), config.size
 
 
-def _document(file: TensorFile, entry: Entry, resolved: Resolved) -> dict[str, Any]:
+def _document(file: TensorFile, entry: Entry, resolved: Resolved, *, whole: bool) -> dict[str, Any]:
     from hubtool.actions.inspect import Report
     from hubtool.errors import FileError
     from hubtool.hub.remote import shown, without_values
@@ -211,7 +212,7 @@ def _document(file: TensorFile, entry: Entry, resolved: Resolved) -> dict[str, A
     try:
         identity = replace(identify(without_values(file)), alphas=())
     except FileError as error:
-        if error.exit_code == 7:  # broken, not out of reach
+        if whole and error.exit_code == 7:  # broken; not out of reach, not half known
             raise
         identity = _by_nothing()
     findings = tuple(dict.fromkeys((*file.findings, *identity.findings)))
@@ -222,7 +223,7 @@ def _document(file: TensorFile, entry: Entry, resolved: Resolved) -> dict[str, A
 def _by_nothing() -> Any:
     from hubtool.adapters.identity import Identity
 
-    finding = Finding("values-needed", "info", "only its values tell what this is, and they were not fetched")
+    finding = Finding("more-needed", "info", "what was fetched of it does not tell what this is")
     return Identity("unknown", findings=(finding,))
 
 

@@ -43,7 +43,7 @@ _WINDOWS = rf"(?<![A-Za-z])[A-Za-z]:(?:\\+|/(?!/))(?:{_PART}+[\\/]+)*{_PART}*"
 _SHARE = rf"(?<![\\\w])\\\\{_PART}+\\(?:{_PART}+\\)*{_PART}*"
 _PATH = re.compile(f"{_POSIX}|{_WINDOWS}|{_SHARE}")
 _WHOLE = re.compile(r"(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\n\"]*")  # a whole value that is one path may hold blanks
-_HOME = re.compile(r"(?:/home/|/Users/|[\\/]Users[\\/]+)([^/\\\"'\s]{3,})")
+_HOME = re.compile(r"(?:/home[/]|[\\/]Users[\\/]+)([^/\\\"'\s]{3,})")
 _NOBODY = frozenset({"user", "users", "root", "admin", "ubuntu", "public", "shared", "runner", "workspace", "default", "administrator"})  # fmt: skip
 _MAX_DEPTH = 40
 

@@ -93,7 +93,16 @@ class Repository:
             raise
 
     def _document(self, entry: Entry | None, head: str) -> bytes | None:
-        return None if entry is None else self.client.read(self.ref.at(head), entry, _MAX_DOCUMENT)
+        """A small file; one that arrives damaged is asked for again."""
+        if entry is None:
+            return None
+        for _ in range(TRIES - 1):
+            try:
+                return self.client.read(self.ref.at(head), entry, _MAX_DOCUMENT)
+            except HubError as error:
+                if error.__cause__ is not None or entry.size > _MAX_DOCUMENT:
+                    raise  # a failure of the hub, which the client has been patient with
+        return self.client.read(self.ref.at(head), entry, _MAX_DOCUMENT)
 
     def tree(self, commit: str) -> Mapping[str, Held]:
         """Every file at a commit with size and hash."""

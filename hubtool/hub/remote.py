@@ -28,6 +28,7 @@ _FIRST = 64 << 10
 _STEP = 16 << 10
 _NOWHERE = Path("/dev/null")  # no path below it can ever be opened
 _ENTRY = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*\{')
+_ROLE = re.compile(r"\.(?=lora|hada_|lokr_|b?oft_|alpha$|dora_|diff|[wb]_norm|on_input|[ab][12]\.|weight$|bias$)")
 _BETWEEN = re.compile(r"[\s,]*")
 _SCAN = json.JSONDecoder().raw_decode
 
@@ -145,11 +146,12 @@ def _piece(head: bytes, tail: bytes, length: int, entry: Entry, path: Path) -> T
     """What the beginning and the end of a long header say, every entry checked by itself."""
     base = 8 + length
     metadata: dict[str, str] = {}
-    tensors: dict[str, TensorRef] = {}
-    for name, value in _pairs_of_head(head.decode("utf-8", "ignore"), metadata):
-        tensors[name] = _ref(name, value, path, base, entry.size)
-    for name, value in _pairs_of_tail(tail.decode("utf-8", "ignore")):
-        tensors[name] = _ref(name, value, path, base, entry.size)
+    first = list(_pairs_of_head(head.decode("utf-8", "ignore"), metadata))
+    last = list(_pairs_of_tail(tail.decode("utf-8", "ignore")))
+    cut = {_stem(pairs[at][0]) for pairs, at in ((first, -1), (last, 0)) if pairs}
+    tensors = {
+        name: _ref(name, value, path, base, entry.size) for name, value in first + last if _stem(name) not in cut
+    }
     if not tensors:
         raise CorruptFile("no tensor can be read at the ends of the header", path=path, offset=8)
     said = (
@@ -157,6 +159,11 @@ def _piece(head: bytes, tail: bytes, length: int, entry: Entry, path: Path) -> T
     )
     findings = (Finding("header-partial", "info", said), *suspicion.of_metadata(metadata, tensors))
     return TensorFile(path, "safetensors", entry.size, tensors, metadata, findings, files=(path,))
+
+
+def _stem(name: str) -> str:
+    """The module of an adapter's tensor: one at a cut is left out whole, since half a module looks like a broken file."""
+    return _ROLE.split(name, maxsplit=1)[0]
 
 
 def _pairs_of_head(text: str, metadata: dict[str, str]) -> Iterator[tuple[str, Any]]:

@@ -50,7 +50,7 @@ def plan(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
         from hubtool.ops.convert import container as same_names
 
         return same_names(file, target.format, parsed)
-    container = _container(emission, target.format)
+    container = container_of(emission, target.format)
     source = receipts.of_file(file, str(parsed.layout), (target.family,) if target.family else parsed.candidates)
     if container == "safetensors" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
         restored = receipts.restore(source, promoted.adapter, emission)
@@ -164,7 +164,7 @@ def _with_layout(families: tuple[str, ...], layout: str) -> list[str]:
     return fit
 
 
-def _container(emission: Emission, asked: str | None) -> str:
+def container_of(emission: Emission, asked: str | None) -> str:
     """``safetensors``, ``torch-zip`` or ``peft-folder``: what the layout demands, else what was asked."""
     if emission.container == "torch-list":
         if asked == "safetensors":

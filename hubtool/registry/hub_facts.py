@@ -185,8 +185,14 @@ def artifacts_by_sha256(reader: Reader, digests: Iterable[str]) -> dict[str, int
     return {row[0]: int(row[1]) for row in _named(reader, sql, [digest.lower() for digest in digests])}
 
 
+def answered(reader: Reader, digests: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(status, time of expiry) of what Civitai answered to these SHA256 digests, without the answers themselves."""
+    sql = "SELECT sha256, status, expires_at FROM civitai_answer WHERE sha256 IN"
+    return {row[0]: (int(row[1]), int(row[2])) for row in _named(reader, sql, list(digests))}
+
+
 def answers(reader: Reader, digests: Iterable[str]) -> dict[str, Answer]:
-    """What Civitai answered to these SHA256 digests, expired answers included."""
+    """What Civitai answered to these SHA256 digests, expired answers included. An answer may be 100 KB: name hundreds, not thousands."""
     sql = "SELECT sha256, source, status, body, fetched_at, expires_at FROM civitai_answer WHERE sha256 IN"
     found = (Answer(*row) for row in _named(reader, sql, list(digests)))
     return {answer.sha256: replace(answer, body=_inflated(answer.body)) for answer in found}

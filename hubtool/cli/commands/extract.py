@@ -61,7 +61,11 @@ Examples:
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="fp16", show_default=True, help="Of the output.")
 @click.option("--family", help="Family of both, where the files cannot tell.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the random directions a decomposition starts from."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the random directions a decomposition starts from.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
 @click.option("--workers", type=click.IntRange(1), help="Modules at a time; default: one for each processor.")
@@ -82,6 +86,7 @@ def command(state: State, /, base: Path, tuned: Path, out: Path | None, **asked:
     if asked["dry_run"] or out is None:
         _preview(task.to_json(), asked["as_json"])
         return
+    out.parent.mkdir(parents=True, exist_ok=True)
     options = Options(asked["allow_loss"], asked["force"], state.library)
     with output.progress(f"extracting {tuned.name}", task.total) as advance:
         done = actions.extract(task, out, options, advance)

@@ -52,6 +52,8 @@ def command(state: State, /, source: Path, out: Path | None, as_json: bool, dry_
     names = ("keep", "drop", "ema", "dtype", "saturate", "family")
     request = Request(**{name: asked[name] for name in names}, format=format_of(out))
     options = Options(asked["allow_loss"], asked["force"], dry_run, state.library)
+    if out is not None and not dry_run:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with output.progress(f"stripping {source.name}") as advance:
         done = strip(source, out, request, options, advance)
     if as_json:

@@ -20,7 +20,7 @@ ParameterKey = tuple[str, str]  # (component, canonical parameter): ("unet", "co
 
 # tensors beside a weight that its numbers have to be multiplied with (ComfyUI's scaled fp8, bitsandbytes, torchao)
 _SCALES = frozenset({
-    "scale_weight", "weight_scale", "weight_scale_2", "scale_input", "input_scale", "scaled_fp8", "comfy_quant",
+    "scale_weight", "weight_scale", "weight_scale_inv", "weight_scale_2", "scale_input", "input_scale", "scaled_fp8", "comfy_quant",
     "absmax", "quant_map", "nested_absmax", "SCB", "scales", "qweight",
 })  # fmt: skip
 

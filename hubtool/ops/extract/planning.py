@@ -11,9 +11,9 @@ from hubtool.adapters.dense import Dense
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import ConversionError
-from hubtool.layouts.emission import Emission, Loss
+from hubtool.layouts.emission import Loss
 from hubtool.layouts.emit import emit
-from hubtool.ops.adapters import config_losses
+from hubtool.ops.adapters import config_losses, container_of
 from hubtool.ops.extract import changes, metadata
 from hubtool.ops.extract.factors import Decomposed, decompose, memory
 from hubtool.ops.extract.pairing import Pair, Pairs, ParameterKey, Side, pair, refuse_quantised
@@ -138,7 +138,7 @@ def _plan(
     stored = DTYPES[task.request.dtype]
     patches = dict(_ordered(task, dict(low_rank(kept)), dense, stored))
     emission = emit(Adapter(task.pairs.family, MappingProxyType(patches)), task.request.layout)
-    container = _container(emission, task.request.format)
+    container = container_of(emission, task.request.format)
     losses: tuple[Loss, ...] = tuple(emission.losses)
     if emission.config and container != "peft-folder":
         losses += tuple(config_losses(emission.patches, {}))
@@ -155,12 +155,6 @@ def _plan(
         notes=tuple(emission.notes),
         rounded=emission.rounded,
     )
-
-
-def _container(emission: Emission, asked: str | None) -> str:
-    if emission.container == "torch-list":
-        return "torch-zip"
-    return asked or emission.container
 
 
 def low_rank(kept: Iterable[tuple[Decomposed, int]]) -> Iterator[tuple[ModuleKey, LowRank]]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from hubtool.errors import UsageProblem
 from hubtool.tensors.dtypes import BITS, numel
 from hubtool.tensors.evaluate import compute, is_bytes, torch_dtype
 from hubtool.tensors.expr import Cast, Expr
@@ -127,8 +128,9 @@ def run(
     """``work(job, room)`` for every job, results in the order of the jobs. ``weight``: bytes that a job takes or reads.
 
     ``memory``: bytes that jobs under way may take together, None for jobs that read in tiles. ``progress`` is called with the weight of each job done. The first error stops the others and is raised; inputs that changed
-    meanwhile raise ``CorruptFile``.
+    meanwhile raise ``CorruptFile``, a device that is not there ``UsageProblem``.
     """
+    check_device(device)
     weights = [weight(job) for job in jobs]
     queue, results, lock = _Queue(weights, memory), dict[int, R](), threading.Lock()
 
@@ -151,6 +153,18 @@ def run(
         for future in as_completed(futures):
             future.result()
     return [results[i] for i in range(len(jobs))]
+
+
+def check_device(device: str) -> None:
+    """Raise ``UsageProblem`` for a device that torch cannot compute on here."""
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        return
+    import torch
+
+    if kind != "cuda" or not torch.cuda.is_available():
+        hint = "cpu always works; cuda needs a GPU and a torch that was built for it"
+        raise UsageProblem(f"torch cannot compute on {device!r} here", hint=hint)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.receipt import carried_metadata
-from hubtool.ops.adapters import _container, config_losses
+from hubtool.ops.adapters import config_losses, container_of
 from hubtool.ops.factor_space import terms
 from hubtool.ops.factor_space.report import Report
 from hubtool.ops.plan import Plan
@@ -61,7 +61,7 @@ def plan(
     source: Path, merged: Adapter, emission: Emission, report: Report, container: str | None, dtype: str | None
 ) -> Plan:
     """The file that holds ``merged``, spelled as ``emission``. ``container``: what was asked for; ``dtype``: of copied tensors, too."""
-    container = _container(emission, container)
+    container = container_of(emission, container)
     losses: tuple[Loss, ...] = tuple(emission.losses)
     if emission.config and container != "peft-folder":
         losses += tuple(config_losses(emission.patches, {}))

@@ -18,7 +18,8 @@ from hubtool.errors import FileError
 from hubtool.formats.base import TensorFile
 from hubtool.formats.documents import read_json
 from hubtool.layouts.claims import read_claims
-from hubtool.layouts.receipt import carried_metadata
+from hubtool.layouts.receipt import KEY as RECEIPT
+from hubtool.layouts.receipt import STALE, carried_metadata
 from hubtool.tensors.strict_json import JsonError, loads
 
 PARENTS = "hubtool.parents"
@@ -67,9 +68,9 @@ def _paper(path: Path) -> str | None:
 
 
 def merged(own: Mapping[str, str], parents: Sequence[Parent]) -> dict[str, str]:
-    """``own`` metadata of an output with what its parents said. Stale hashes and pictures are dropped."""
-    said = carried_metadata(own, PARENTS, _RECIPE, _PICTURE)
-    said |= {"format": own["format"]} if "format" in own else {}
+    """``own`` metadata of an output with what its parents said. Stale hashes and pictures are dropped; what the layout itself needs stays."""
+    dropped = STALE | {RECEIPT, PARENTS, _RECIPE, _PICTURE}
+    said = {key: text for key, text in own.items() if key not in dropped}
     licences = _union(_split(parent.metadata.get(_LICENCE, "")) for parent in parents)
     words = _union(parent.trigger_words for parent in parents)
     titles = _union([parent.metadata.get(_TITLE) or parent.name] for parent in parents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def difference_hash(picture: Any) -> int:
     """
     small = picture.convert("L").resize((_SIDE + 1, _SIDE), pillow().Resampling.BOX).tobytes()
     rows = (small[row * (_SIDE + 1) : (row + 1) * (_SIDE + 1)] for row in range(_SIDE))
-    bits = (left > right for row in rows for left, right in zip(row, row[1:], strict=False))
+    bits = (left > right for row in rows for left, right in pairwise(row))
     return sum(bit << at for at, bit in enumerate(bits))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,11 @@ from hubtool.training.prepare.shaping import shapes
 from hubtool.training.prepare.words import words
 
 REPORT, METADATA = "report.html", "metadata.jsonl"
-_SAVED = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 95, "subsampling": 0}), "webp": ("WEBP", {"lossless": True})}
+_SAVED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "png": ("PNG", {}),
+    "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    "webp": ("WEBP", {"lossless": True}),
+}
 
 
 @dataclass(frozen=True, slots=True)
