@@ -441,7 +441,11 @@ def test_the_card_tells_the_recipe_and_the_training(tmp_path: Path) -> None:
     recipe = {"operation": "merge", "inputs": [{"name": "a.safetensors", "sha256": "00" * 32}], "note": "```"}
     path = lora(
         tmp_path,
-        {"hubtool.recipe": json.dumps(recipe), "ss_steps": "1200", "ss_sd_model_name": f"{HOME}/bob/x.safetensors"},
+        metadata={
+            "hubtool.recipe": json.dumps(recipe),
+            "ss_steps": "1200",
+            "ss_sd_model_name": f"{HOME}/bob/x.safetensors",
+        },
     )
     written = write_card(str(path), repo="me/style", said=Said(title="My <b>"))
     assert "| Training steps | <code>1200</code> |" in written.text

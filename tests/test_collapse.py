@@ -383,6 +383,19 @@ def test_sharded_components_keep_their_shards(tmp_path: Path) -> None:
     torch.testing.assert_close(pipe.unet.get_submodule(Q).weight.double(), wanted, rtol=1e-5, atol=2e-6)
 
 
+def test_pickled_weights_of_a_folder_become_safetensors_where_they_change(tmp_path: Path) -> None:
+    pipeline("sd1").save_pretrained(tmp_path / "base", safe_serialization=False)
+    path, made = lora(tmp_path / "style.safetensors")
+    run(tmp_path / "base", path, out=tmp_path / "out")
+    names = sorted(file.name for file in (tmp_path / "out").rglob("*") if file.suffix in (".bin", ".safetensors"))
+    before = sorted(file.name for file in (tmp_path / "base").rglob("*") if file.suffix in (".bin", ".safetensors"))
+    assert "diffusion_pytorch_model.safetensors" in names
+    assert len(names) == len(before)
+    got = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")[f"{Q}.weight"]
+    wanted = states("sd1")["unet"][f"{Q}.weight"].double() + made.delta(("unet", Q))
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-6)
+
+
 def test_a_ckpt_becomes_a_ckpt_with_its_other_values(tmp_path: Path, sd1: Path) -> None:
     torch.save({"state_dict": load_file(sd1 / "sd1.safetensors"), "global_step": 7}, tmp_path / "base.ckpt")
     path, made = lora(tmp_path / "style.safetensors")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from hubtool.actions.library import open_store
 from hubtool.actions.link import link
 from hubtool.actions.outdated import outdated, raise_failures
 from hubtool.actions.scan import scan
+from hubtool.cli.main import cli
 from hubtool.errors import HubError, HubtoolError, NotFound, PartialFailure
 from hubtool.registry import browse, hub_facts
 from hubtool.registry.hub_store import Origin
@@ -299,29 +301,34 @@ def test_the_library_is_free_while_the_hub_is_asked(linked: LocalHub) -> None:
     assert [one.verdict.status for one in outdated(clients=ask_and_write)] == ["current"]
 
 
+def hubtool(*args: str, **env: str) -> Result:
+    """A command in this process, which already leads to the local hub."""
+    return CliRunner().invoke(cli, list(args), env=env)
+
+
 def test_outdated_on_the_command_line(linked: LocalHub) -> None:
-    quiet = linked.run("outdated", "--json")
-    assert (quiet.returncode, json.loads(quiet.stdout)) == (0, [])
+    quiet = hubtool("outdated", "--json")
+    assert (quiet.exit_code, json.loads(quiet.stdout)) == (0, [])
     linked.put(REPO, {FILE: lora(2)})
-    rows = json.loads(linked.run("outdated", "--json").stdout)
+    rows = json.loads(hubtool("outdated", "--json").stdout)
     assert [(row["status"], row["local"], row["how"], row["ref"]) for row in rows] == [
         ("changed", "same", "linked", f"hf://{REPO}/{FILE}")
     ]
-    assert "changed" in linked.run("outdated").stdout
+    assert "changed" in hubtool("outdated").stdout
 
 
 def test_outdated_on_the_command_line_says_when_the_hub_fails(linked: LocalHub) -> None:
     linked.fault("status", "/api/models/", status=403, times=99)
-    done = linked.run("outdated")
-    assert done.returncode == 6
+    done = hubtool("outdated")
+    assert done.exit_code == 6
     assert "could not be compared" in done.stderr
     assert "hf_testtoken" not in done.stdout + done.stderr
 
 
 def test_link_on_the_command_line(hub: LocalHub, models: Path) -> None:
     hub.put(REPO, {FILE: lora(1)})
-    done = hub.run("link", str(models / FILE), REPO, "--json")
+    done = hubtool("link", str(models / FILE), REPO, "--json")
     document = json.loads(done.stdout)
-    assert (done.returncode, document["ref"], document["recorded"]) == (0, f"hf://{REPO}/{FILE}", True)
-    assert hub.run("link", str(models / FILE)).returncode == 2
-    assert hub.run("link", str(models / FILE), "tester/none").returncode == 6
+    assert (done.exit_code, document["ref"], document["recorded"]) == (0, f"hf://{REPO}/{FILE}", True)
+    assert hubtool("link", str(models / FILE)).exit_code == 2
+    assert hubtool("link", str(models / FILE), "tester/none").exit_code == 6

@@ -260,6 +260,21 @@ def test_torch_has_as_many_threads_afterwards_as_before(source: Mapping[str, Rea
         torch.set_num_threads(before)
 
 
+def test_the_header_may_be_completed_when_the_tensors_are_written(source: Mapping[str, Read], tmp_path: Path) -> None:
+    tensors = mixed(source)
+    write_safetensors_parallel(
+        tmp_path / "out", tensors, {"hash": "?" * 8}, late=lambda header: header.replace(b"????????", b"12345678")
+    )
+    write_safetensors_parallel(tmp_path / "known", tensors, {"hash": "12345678"})
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "known").read_bytes()
+
+
+def test_a_completed_header_keeps_its_length(source: Mapping[str, Read], tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="could not be completed"):
+        write_safetensors_parallel(tmp_path / "out", mixed(source), late=lambda header: header + b" ")
+    assert os.listdir(tmp_path) == ["in.safetensors"]
+
+
 SLEEPER = """
 import sys, time
 from pathlib import Path

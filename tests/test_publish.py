@@ -348,14 +348,17 @@ def test_the_library_keeps_a_receipt_with_every_hash(hub: LocalHub, tmp_path: Pa
     send(path, keep_original=True)
     with reading() as reader:
         (receipt,) = hub_facts.receipts(reader, repo=REPO)
-        (origin,) = hub_facts.origins(reader, repo=REPO)
+        origins = hub_facts.origins(reader, repo=REPO)
     assert receipt.commit == done.commit
     files = hub.files(REPO)
     assert {one.path: one.sha256 for one in receipt.files if one.sha256} == {
         name: sha256(data) for name, data in files.items() if name != ".gitattributes"
     }
     assert receipt.card == files["README.md"].decode()
-    assert (origin.path, origin.how) == ("kohya/style.safetensors", "published")
+    # the converted file too: its artifact is the one that it was made from
+    assert {origin.path for origin in origins} == {"kohya/style.safetensors", "pytorch_lora_weights.safetensors"}
+    assert {origin.how for origin in origins} == {"published"}
+    assert len({origin.artifact for origin in origins}) == 1
 
 
 def test_a_merge_names_the_repositories_of_its_parents(hub: LocalHub, tmp_path: Path) -> None:
@@ -428,6 +431,11 @@ def test_python_does_the_same(hub: LocalHub, tmp_path: Path) -> None:
     assert "hf_testtoken" not in repr(mine) + repr(mine.client)
     assert mine.check_card(f"hf://{REPO}").ok
     assert not mine.publish([lora(tmp_path)], REPO, trigger_words=["sks dog"], strength=0.5).created
+    (pulled,) = mine.pull(f"hf://{REPO}", tmp_path / "got")
+    assert not pulled.failed
+    assert (tmp_path / "got" / "pytorch_lora_weights.safetensors").is_file()
+    assert mine.index(f"hf://{REPO}").repo == REPO
+    assert len(mine.inspect(f"hf://{REPO}/pytorch_lora_weights.safetensors")) == 1
 
 
 def test_a_person_s_words_survive_the_next_publication(hub: LocalHub, tmp_path: Path) -> None:
@@ -511,3 +519,27 @@ def test_vectors_for_two_text_encoders_say_how_they_are_loaded(hub: LocalHub, tm
     assert "toy.safetensors" in hub.files("tester/toy")
     assert card.count("load_textual_inversion(vectors") == 2
     assert "needs-arguments" in {finding.code for finding in done.findings}
+
+
+def test_what_was_said_once_need_not_be_said_again(hub: LocalHub, tmp_path: Path) -> None:
+    said = Said(words=("sks dog",), strength=0.6, licence="mit", title="Style of dogs", tags=("dogs",))
+    first = send(lora(tmp_path), said=said)
+    again = send(lora(tmp_path))
+    assert (again.created, again.commit) == (False, first.commit)
+    send(lora(tmp_path, seed=9), said=Said(strength=0.0))
+    card = hub.files(REPO)["README.md"].decode()
+    assert "license: mit" in card
+    assert "instance_prompt: sks dog" in card
+    assert "**0**" in card
+
+
+def test_an_index_that_somebody_spoiled_is_no_obstacle(hub: LocalHub, tmp_path: Path) -> None:
+    send(lora(tmp_path))
+    for text in (
+        "[]",
+        "{",
+        '{"version": 1, "files": [1, {"path": 3}], "card": {"said": {"words": [1], "strength": "x"}, "front": 1}}',
+    ):
+        hub.put(REPO, {"hubtool.json": text})
+        send(lora(tmp_path))
+        assert json.loads(hub.files(REPO)["hubtool.json"])["version"] == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner, Result
 
 from hubtool.actions import sync
 from hubtool.actions.civitai import look_up
@@ -17,6 +18,7 @@ from hubtool.actions.link import link
 from hubtool.actions.outdated import outdated
 from hubtool.actions.publish import Options, publish
 from hubtool.actions.scan import scan
+from hubtool.cli.main import cli
 from hubtool.errors import HubtoolError, PartialFailure
 from hubtool.registry import browse, hub_facts
 from hubtool.registry.hub_store import PublishedFile, Receipt, record_receipt
@@ -244,6 +246,11 @@ def test_two_files_of_a_repository_are_one_publication(hub: LocalHub, file: Path
     assert sorted(step.action for step in steps) == ["keep", "publish"]
 
 
+def hubtool(*args: str, **env: str) -> Result:
+    """A command in this process, which already leads to the local hub."""
+    return CliRunner().invoke(cli, list(args), env=env)
+
+
 @pytest.fixture
 def civitai(monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiServer]:
     with civitai_server() as running:
@@ -253,12 +260,12 @@ def civitai(monkeypatch: pytest.MonkeyPatch) -> Iterator[CivitaiServer]:
 
 def test_sync_on_the_command_line(linked: LocalHub, file: Path) -> None:
     linked.put(REPO, {FILE: lora(2)})
-    planned = linked.run("sync", "--dry-run", "--pull")
-    assert planned.returncode == 0
+    planned = hubtool("sync", "--dry-run", "--pull")
+    assert planned.exit_code == 0
     assert "pull" in planned.stdout
     assert file.read_bytes() == lora(1)
-    assert "hubtool sync --pull" in linked.run("sync").stderr
-    done = linked.run("sync", "--pull", "--json")
+    assert "hubtool sync --pull" in hubtool("sync").stderr
+    done = hubtool("sync", "--pull", "--json")
     document = json.loads(done.stdout)
     assert [(step["action"], step["state"]) for step in document["steps"]] == [("pull", "done")]
     assert document["civitai"] is None
@@ -266,20 +273,20 @@ def test_sync_on_the_command_line(linked: LocalHub, file: Path) -> None:
 
 
 def test_civitai_is_asked_by_sync_only_when_turned_on(linked: LocalHub, civitai: CivitaiServer, file: Path) -> None:
-    assert linked.run("sync", HUBTOOL_CIVITAI="").returncode == 0
-    assert linked.run("sync", "--no-civitai").returncode == 0
+    assert hubtool("sync", HUBTOOL_CIVITAI="").exit_code == 0
+    assert hubtool("sync", "--no-civitai").exit_code == 0
     assert civitai.requests == []
-    dry = json.loads(linked.run("sync", "--dry-run", "--json").stdout)
+    dry = json.loads(hubtool("sync", "--dry-run", "--json").stdout)
     assert (dry["civitai"]["asked"], civitai.requests) == (1, [])
-    done = json.loads(linked.run("sync", "--json").stdout)
+    done = json.loads(hubtool("sync", "--json").stdout)
     assert (done["civitai"]["asked"], len(civitai.requests)) == (1, 1)
 
 
 def test_civitai_is_asked_by_link_when_told_to(linked: LocalHub, civitai: CivitaiServer, file: Path) -> None:
     with open_store() as store:
         civitai.add(browse.find(store, str(file)).sha256 or "", 7)
-    assert json.loads(linked.run("link", "--civitai", "--dry-run", "--json").stdout) == {"would_ask": 1}
-    done = linked.run("link", "--civitai", str(file))
+    assert json.loads(hubtool("link", "--civitai", "--dry-run", "--json").stdout) == {"would_ask": 1}
+    done = hubtool("link", "--civitai", str(file))
     assert done.stdout == "known 1  unknown 0  unhashed 0  failed 0\n"
     assert "Style 7 v7.0 https://civitai.com/models/1007" in done.stderr
     assert "hf_testtoken" not in str(civitai.seen_headers)
@@ -324,6 +331,6 @@ def test_a_civitai_that_fails_ends_with_the_exit_code_of_hubs(
     linked: LocalHub, civitai: CivitaiServer, file: Path
 ) -> None:
     civitai.fault("status", 99, 403)
-    done = linked.run("link", "--civitai")
-    assert done.returncode == 6
+    done = hubtool("link", "--civitai")
+    assert done.exit_code == 6
     assert "refuses the request (HTTP 403)" in done.stderr

@@ -70,6 +70,8 @@ def show(reader: Reader, ref: str) -> dict[str, Any]:
 
     Raises NotFound or AmbiguousRef.
     """
+    from hubtool.actions.hub_known import hub_known  # which needs this module's dates
+
     row = browse.find(reader, ref)
     listed = row_json(row)
     known = browse.hashes(reader, row.key)
@@ -85,6 +87,7 @@ def show(reader: Reader, ref: str) -> dict[str, Any]:
         "locations": [place_json(place) for place in row.places],
         "lineage": _dated(browse.lineage(reader, row.key)),
         "user": browse.notes(reader, row.key),
+        "hub": hub_known(reader, row),
     }
 
 

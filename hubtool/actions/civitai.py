@@ -112,12 +112,13 @@ def look_up(
     rows = chosen(store, refs)
     client = client or Civitai()
     asked = _unanswered(store, rows, refresh, clock())
-    answered = {row.sha256 for row in rows if row.sha256} - asked
+    by_digest = {row.sha256: row for row in rows if row.sha256}
+    answered = set(by_digest) - asked
     result = Lookup(asked=len(asked))
     try:
         for digests, versions in client.versions(sorted(asked)):
             _keep(store, client, digests, versions, clock)
-            _claim(store, [row for row in rows if row.sha256 in digests])
+            _claim(store, [by_digest[digest] for digest in digests])
             answered.update(digests)
             _tick(progress)
         if edited:

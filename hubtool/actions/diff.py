@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hubtool.actions.recipe import locate
 from hubtool.formats import open_file
 from hubtool.ops.diff.report import Difference
 
@@ -18,11 +19,13 @@ def diff(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
+    library: str | None = None,
 ) -> Difference:
-    """Compare two adapters, two checkpoints or two other files, in any containers and layouts.
+    """Compare two adapters, two checkpoints or two other files, in any containers and layouts; inputs are paths or REFs of the library.
 
     Raises ``UsageProblem`` for an adapter against a checkpoint, ``ConversionError`` for two families, and what opening raises.
     """
     from hubtool.ops.diff.compare import compare
 
-    return compare(open_file(Path(first)), open_file(Path(second)), family, workers=workers, progress=progress)
+    files = [open_file(locate(one, library)) for one in (first, second)]
+    return compare(files[0], files[1], family, workers=workers, progress=progress)

@@ -19,6 +19,8 @@ from hubtool.actions.publish_facts import Said
 
 if TYPE_CHECKING:
     from hubtool.actions.card import Checked, Written
+    from hubtool.actions.pull import Pulled
+    from hubtool.actions.remote import RemoteIndex, RemoteReport
     from hubtool.hub.client import Client
 
 _SAID = {field.name for field in fields(Said)}
@@ -53,6 +55,29 @@ class Hub:
         said, options = self._asked(asked)
         named = [refs] if isinstance(refs, str | PathLike) else refs
         return publish([fspath(ref) for ref in named], repo, said, options, self.client)
+
+    def pull(self, refs: str | Sequence[str], output: Ref | None = None, **asked: Any) -> list[Pulled]:
+        """Fetch files, folders or whole repositories, verified. ``asked``: fields of ``actions.pull.Options``. Raises as ``actions.pull``."""
+        from hubtool.actions.pull import Options as Asked
+        from hubtool.actions.pull import pull
+
+        values: dict[str, Any] = dict(asked)
+        values |= {name: _tuple(asked[name]) for name in ("include", "exclude") if name in asked}
+        folder = None if output is None else Path(output)
+        options = Asked(**{"library": self._library, **values, "output": folder})
+        return pull([refs] if isinstance(refs, str) else list(refs), options, client=self.client)
+
+    def inspect(self, ref: str) -> list[RemoteReport]:
+        """Say what the weights behind a reference are, from their headers; nothing is downloaded."""
+        from hubtool.actions.remote import inspect_remote
+
+        return inspect_remote(ref, self._library, client=self.client)
+
+    def index(self, ref: str) -> RemoteIndex:
+        """Read a whole repository from its listing and headers, and tell what of it the library has."""
+        from hubtool.actions.remote import index_remote
+
+        return index_remote(ref, self._library, client=self.client)
 
     def card(self, ref: Ref, output: Ref | None = None, *, repo: str | None = None, **asked: Any) -> Written:
         """Write the card of an artifact alone."""

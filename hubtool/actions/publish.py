@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,7 +103,7 @@ class Draft:
     """Everything that is known before the hub is asked."""
 
     made: Stage
-    facts: Facts
+    describe: Callable[[Said], Facts]
     said: Said
     options: Options
     cleaner: Cleaner
@@ -113,18 +113,26 @@ class Draft:
         """What the repository shall hold, given what it holds: the card is merged with the one there, our old files go or stay."""
         from hubtool.hub.publishing import Desired
 
+        card_of = remote.index.get("card")
+        said = self.said.over(card_of.get("said") if isinstance(card_of, Mapping) else None)
+        facts = self.describe(said)
         deleted, kept = self._earlier(remote)
         there = None if remote.card is None else cards.parse(remote.card)
-        base = self.offline_base or cards.read_record(remote.index.get("card"))
-        pictures = self.facts.pictures or tuple(_pictures(base, kept))
-        ours = card_text.card(replace(self.facts, files=listed(self.made.uploads, kept), pictures=pictures))
+        base = self.offline_base or cards.read_record(card_of)
+        pictures = facts.pictures or tuple(_pictures(base, kept))
+        ours = card_text.card(replace(facts, files=listed(self.made.uploads, kept), pictures=pictures))
         merged = cards.merge(there, ours, base, self.said.forced)
         text = str(merged.card)
         files = [*self.made.uploads, upload(CARD, text.encode(), "card")]
-        index = write_index(files, kept, cards.record(ours).to_json(), tool())
+        index = write_index(files, kept, {**cards.record(ours).to_json(), "said": said.to_json()}, tool())
         files.append(upload(INDEX, index, "index"))
         findings = self._findings(merged.card, text, files, remote)
         return Desired(tuple(files), deleted, cards.difference(remote.card, text), findings, merged.kept)
+
+    @property
+    def facts(self) -> Facts:
+        """What the card says as far as this machine knows."""
+        return self.describe(self.said)
 
     def _earlier(self, remote: Remote) -> tuple[tuple[str, ...], list[Mapping[str, Any]]]:
         """Files of an earlier publication: (to delete, to keep in the index)."""
@@ -206,12 +214,15 @@ def drafted(
         made = stage(items, shown, Path(folder), cleaner, wanted)
         _permissions(made, known, said, options)
         pictures = _gallery(made, shown)
-        found = _facts(items[0], said, known, repo, endpoint, pictures, made)
+
+        def describe(asked: Said) -> Facts:
+            return _facts(items[0], asked, known, repo, endpoint, pictures, made)
+
         if options.try_base is not None:
             from hubtool.actions.publish_try import try_snippet
 
-            cleaner.findings.append(try_snippet(found, made.uploads, options.try_base))
-        yield Draft(made, found, said, options, cleaner)
+            cleaner.findings.append(try_snippet(describe(said), made.uploads, options.try_base))
+        yield Draft(made, describe, said, options, cleaner)
 
 
 def _facts(

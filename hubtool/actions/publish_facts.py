@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -55,6 +55,41 @@ class Said:
         licence = ("license", "license_name", "license_link") if self.licence else ()
         given = (("base_model",) if self.base_models else ()) + (("instance_prompt",) if self.words else ())
         return frozenset((*licence, *given, *(("base_model_relation",) if self.relation else ())))
+
+    def to_json(self) -> dict[str, Any]:
+        """What was said, for the index of the publication."""
+        said = {name: getattr(self, name) for name in _SAID}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in said.items()
+            if value or value == 0.0
+        }
+
+    def over(self, earlier: Any) -> Said:
+        """This, and where it says nothing what an earlier publication was told. ``earlier``: from an index, so anything at all."""
+        rows = earlier if isinstance(earlier, Mapping) else {}
+        licence = _LICENCE if self.licence else ()
+        before = {name: _typed(kind, rows.get(name)) for name, kind in _SAID.items() if name not in licence}
+        mine = self.to_json()
+        return replace(
+            self, **{name: value for name, value in before.items() if name not in mine and value is not None}
+        )
+
+
+_LICENCE = ("licence", "licence_name", "licence_link")
+_SAID: Mapping[str, type] = {
+    "title": str, "licence": str, "licence_name": str, "licence_link": str, "base_models": tuple, "relation": str, "words": tuple,
+    "strength": float, "tags": tuple, "family": str, "nsfw": bool,
+}  # fmt: skip
+
+
+def _typed(kind: type, value: Any) -> Any:
+    """``value`` if it is of this kind, else None. Lists are of short texts."""
+    if kind is tuple:
+        return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+    if kind is float:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if isinstance(value, kind) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def _use(facts: Facts) -> str:
     made = snippet(facts)
     url = f"{facts.endpoint}/{facts.repo}/resolve/main"
     lines = [
-        f"- [{_markdown(one.path)}]({url}/{quote(one.path)}){f' ({one.note})' if one.note else ''}, {one.size} bytes"
+        f"- [{_markdown(one.path)}]({url}/{quote(one.path)}){f' ({_markdown(one.note)})' if one.note else ''}, {one.size} bytes"
         for one in _weights(facts)
     ]
     where = "" if facts.loads == "peft" else _PLACES.get(facts.card, "")

@@ -18,6 +18,7 @@ Action = Literal["add", "change", "keep", "delete"]
 _CHUNK = 1 << 20
 _NONE: Mapping[str, Any] = MappingProxyType({})
 VERSION = 1
+_ROW = {"path": str, "role": str, "size": int, "sha256": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,9 @@ class Remote:
         """The files that an earlier publication put there, with what the index says about them."""
         rows = self.index.get("files")
         found = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-        return {str(row.get("path")): row for row in found}
+        return {
+            row["path"]: row for row in found if all(isinstance(row.get(name), kind) for name, kind in _ROW.items())
+        }
 
 
 def read_index(data: bytes) -> Mapping[str, Any]:

@@ -21,11 +21,12 @@ _LIMITS: dict[str, Any] = {
     "client.retry_max_duration": "20s",
     "client.connect_timeout": "10s",
     "client.read_timeout": "30s",
-    "reconstruction.download_buffer_size": 96_000_000,
-    "reconstruction.download_buffer_perfile_size": 64_000_000,
-    "reconstruction.download_buffer_limit": 128_000_000,
-    "reconstruction.min_prefetch_buffer": 64_000_000,
-    "reconstruction.min_reconstruction_fetch_size": 64_000_000,
+    "client.ac_max_download_concurrency": 8,
+    "reconstruction.download_buffer_size": 64_000_000,
+    "reconstruction.download_buffer_perfile_size": 32_000_000,
+    "reconstruction.download_buffer_limit": 64_000_000,
+    "reconstruction.min_prefetch_buffer": 32_000_000,
+    "reconstruction.min_reconstruction_fetch_size": 32_000_000,
     "telemetry.enabled": False,
 }
 

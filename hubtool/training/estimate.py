@@ -191,10 +191,32 @@ def _activations(models: dict[str, Any], config: Config, own: Batches, precision
         return tensor
 
     alive: list[Any] = []
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.enable_grad(), _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _forward(models, denoiser, count, width, height, dtype)
     weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     return sum(size for place, size in kept.items() if place not in weights)
+
+
+def _fused_attention() -> Any:
+    """Attention as every device computes it: queries, keys, values and the answer are kept, never the matrix. ``meta`` keeps that too."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+            answer = query.new_empty(*query.shape[:-1], value.shape[-1])
+            ctx.save_for_backward(query, key, value, answer, query.new_empty(query.shape[:-1], dtype=torch.float32))
+            return answer
+
+    class Fused(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.nn.functional.scaled_dot_product_attention:
+                own = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+                return Kept.apply(own["query"], own["key"], own["value"])
+            return function(*args, **(kwargs or {}))
+
+    return Fused()
 
 
 def _with_layers(denoiser: Any, name: str, config: Config) -> None:

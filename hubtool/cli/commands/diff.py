@@ -9,7 +9,7 @@ import click
 
 from hubtool.actions.diff import diff
 from hubtool.cli import output
-from hubtool.cli.context import json_option
+from hubtool.cli.context import State, json_option, pass_state
 from hubtool.ops.diff.report import Difference, Entry
 
 _MOST = 5  # names of a list
@@ -33,16 +33,24 @@ Examples:
 @click.option("--family", help="Family of both, where the files cannot tell.")
 @click.option("--workers", type=click.IntRange(1), help="Tensors at a time; default: one for each processor.")
 @json_option
+@pass_state
 @click.pass_context
 def command(
-    context: click.Context, first: Path, second: Path, top: int, family: str | None, workers: int | None, as_json: bool
+    context: click.Context,
+    state: State,
+    first: Path,
+    second: Path,
+    top: int,
+    family: str | None,
+    workers: int | None,
+    as_json: bool,
 ) -> None:
     """Say how FIRST and SECOND differ: two adapters in any layouts, algorithms and ranks, two checkpoints in any containers, or two files.
 
     Adapters are compared by what they do to the base weights. Similarity is the cosine of all numbers as one vector.
     """
     with output.progress(f"comparing {first.name} and {second.name}") as advance:
-        found = diff(first, second, family, workers=workers, progress=advance)
+        found = diff(first, second, family, workers=workers, progress=advance, library=state.library)
     if as_json:
         output.print_json(found.to_json())
     else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from hubtool.cli.changes import QUERY_SETTINGS
 from hubtool.cli.context import State, format_option, pass_state
 from hubtool.cli.output import listing
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(context_settings=QUERY_SETTINGS)
 @click.argument("query", nargs=-1, type=click.UNPROCESSED)
 @click.option("--kind", help="lora, textual_inversion, checkpoint ...")
 @click.option("--family", help="sd1, sdxl, flux1 ...")
