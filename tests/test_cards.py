@@ -136,13 +136,20 @@ def test_every_family_has_a_task_or_none_and_known_licences() -> None:
 # snippets
 
 
+@pytest.mark.parametrize("task", ["text-to-image", "text-to-video"])
 @pytest.mark.parametrize(
     "loads", ["lora", "textual-inversion", "textual-inversion-two", "pipeline", "single-file", "peft"]
 )
-def test_every_snippet_is_python_whatever_the_words_are(loads: str) -> None:
+def test_every_snippet_is_python_whatever_the_words_are(loads: str, task: str) -> None:
     nasty = ('"""\n```\n<!-- hubtool:end use -->', "a'b\\", "{x}")
     facts = replace(
-        FACTS, loads=loads, words=nasty, pictures=(), main="a b.safetensors", files=(Listed("a b.safetensors", 1, "0"),)
+        FACTS,
+        task=task,
+        loads=loads,
+        words=nasty,
+        pictures=(),
+        main="a b.safetensors",
+        files=(Listed("a b.safetensors", 1, "0"),),
     )
     card = card_text.card(facts)
     assert validation.check_body(card.body, {"a b.safetensors"}) == []

@@ -211,6 +211,16 @@ def test_dtypes_in_and_out(made: Path, tmp_path: Path, dtype: str) -> None:
             torch.testing.assert_close(found[key].double(), exact, rtol=limit, atol=1e-2 * limit + 2e-3 * (not small))
 
 
+def test_a_torch_file_merges_like_its_tensors(made: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": state(made, "b"), "epoch": 3}, tmp_path / "b.ckpt")
+    for name, other in (("o", tmp_path / "b.ckpt"), ("expected", made / "b.safetensors")):
+        merge(tmp_path / f"{name}.safetensors", made / "a.safetensors", other, **strengths("0.3"))
+    assert (tmp_path / "o.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    merge(tmp_path / "o.ckpt", tmp_path / "b.ckpt", made / "a.safetensors", container="torch-zip", **strengths("0.7"))
+    found = torch.load(tmp_path / "o.ckpt", weights_only=True)["state_dict"]
+    assert_close(found, load_file(tmp_path / "o.safetensors"))
+
+
 def test_scaled_fp8_is_refused_by_name(made: Path, tmp_path: Path) -> None:
     b = state(made, "b")
     key = next(key for key in b if key.endswith("to_q.weight"))

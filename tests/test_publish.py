@@ -543,3 +543,34 @@ def test_an_index_that_somebody_spoiled_is_no_obstacle(hub: LocalHub, tmp_path: 
         hub.put(REPO, {"hubtool.json": text})
         send(lora(tmp_path))
         assert json.loads(hub.files(REPO)["hubtool.json"])["version"] == 1
+
+
+def test_an_adapter_for_a_language_model_is_published_for_peft_alone(hub: LocalHub, tmp_path: Path) -> None:
+    stem = "base_model.model.transformer.h.0.attn.c_attn"
+    tensors = {
+        f"{stem}.lora_A.weight": ("F32", (4, 16), bytes(256)),
+        f"{stem}.lora_B.weight": ("F32", (48, 4), bytes(768)),
+    }
+    folder = tmp_path / "talk"
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["c_attn"],
+        "base_model_name_or_path": f"{HOME}/bob/gpt2",
+        "fan_in_fan_out": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    done = send(folder, said=Said(base_models=("openai-community/gpt2",), licence="mit"), repo="tester/talk")
+    files = hub.files("tester/talk")
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= set(files)
+    assert "pytorch_lora_weights.safetensors" not in files
+    written = json.loads(files["adapter_config.json"])
+    assert written["base_model_name_or_path"] == "openai-community/gpt2"
+    assert (written["r"], written["lora_alpha"], written["fan_in_fan_out"]) == (4, 8, True)
+    card = files["README.md"].decode()
+    assert "library_name: peft" in card
+    assert "PeftModel.from_pretrained" in card
+    assert not any(b"bob" in data for data in files.values())
+    assert not done.refused

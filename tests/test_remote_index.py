@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 from hubtool.actions.inspect import inspect
@@ -20,6 +21,7 @@ from hubtool.formats.safetensors import read_header
 from hubtool.hub.client import Client
 from hubtool.hub.remote import BUDGET, read_remote
 from hubtool.registry import hub_facts
+from hubtool.resources import schemas
 from tests.support.files import floats, framed, safetensors_bytes, scalar, write_safetensors, zeros
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def test_a_file_is_known_from_its_header(hub_both: LocalHub, tmp_path: Path) -> 
     assert remote["hashes"]["sha256"] == local["hashes"]["sha256"]
     assert remote["path"].startswith("hf://tester/style@")
     assert remote["alphas"] == []
+    jsonschema.validate(remote, json.loads((schemas() / "inspect.schema.json").read_text()))
 
 
 def test_no_tensor_data_is_read_beyond_the_first_read(hub: LocalHub) -> None:

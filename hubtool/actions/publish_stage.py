@@ -141,12 +141,20 @@ def _lora(made: Stage, item: Item) -> None:
 
 def _peft(made: Stage, item: Item) -> None:
     """Weights and configuration at the root: what ``PeftModel.from_pretrained(base, repo)`` reads."""
-    plan = ops.plan(item.file, Target(layout="peft", format="peft-folder", family=made.wanted.family))
+    folder = item.file.format == "peft-folder"
+    family = made.wanted.family
+    plan = ops.plan(item.file, Target("peft-folder", None if folder else "peft", family=family))
     if plan.losses:
         raise ConversionError(f"PEFT cannot hold this adapter: {plan.losses[0].reason}", path=item.path)
-    folder = made.write(replace(plan, config=_peft_config(made, item, plan)))
-    weights = made.add(layout.PEFT_WEIGHTS, folder / layout.PEFT_WEIGHTS, "peft", item, **_about(item, plan))
-    made.add(layout.PEFT_CONFIG, folder / layout.PEFT_CONFIG, "peft")
+    config = _peft_config(made, item, plan)
+    own = item.path / layout.PEFT_WEIGHTS
+    if folder and own.is_file() and item.file.metadata == item.report.file.metadata:
+        source = own
+    else:
+        source = made.write(replace(plan, config=config)) / layout.PEFT_WEIGHTS
+    weights = made.add(layout.PEFT_WEIGHTS, source, "peft", item, **_about(item, plan))
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    made.add(layout.PEFT_CONFIG, text.encode(), "peft")
     if not made.main:
         made.main, made.loads = weights.path, "peft"
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 _CARD = "README.md"
 _SAFE, _PICKLED = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
+_TEXTS = (".md", ".txt", "")
 _INDEXED = ("model_index.json", "adapter_config.json")
 
 
@@ -173,6 +174,9 @@ def _plan(
     known = _in_library(wanted, options.library)
     for entry in wanted:
         item = Item(entry, _target(ref, entry, options.output, base))
+        if _gives_way(item, ref, options):
+            left_out[entry.path] = "another file of this name lies there"
+            continue
         item.id, places = known.get(entry.path, (None, ()))
         item.copies = (*places, *_cached(resolved.ref, entry))
         if os.path.lexists(item.target):
@@ -183,6 +187,14 @@ def _plan(
             item.how = "copy"
         result.items.append(item)
     return result
+
+
+def _gives_way(item: Item, ref: HubRef, options: Options) -> bool:
+    """Whether a text that only accompanies the weights would take the place of another one: several repositories share a folder."""
+    from hubtool.hub.pulling import is_file_of
+
+    text = item.target.suffix.lower() in _TEXTS and item.entry.path != ref.path
+    return text and not options.force and item.target.exists() and not is_file_of(item.target, item.entry)
 
 
 def _wanted(ref: HubRef, listed: Sequence[Entry], options: Options) -> tuple[list[Entry], dict[str, str]]:
@@ -228,9 +240,14 @@ def _target(ref: HubRef, entry: Entry, output: Path | None, base: Path) -> Path:
 
 def _refuse_collisions(results: Sequence[Pulled]) -> None:
     seen: dict[Path, str] = {}
-    for item in (item for result in results for item in result.items if item.how != "library"):
+    for result, item in [(one, item) for one in results for item in one.items if item.how != "library"]:
         before = seen.setdefault(item.target, item.entry.digest)
-        if before != item.entry.digest:
+        if before == item.entry.digest:
+            continue
+        if item.target.suffix.lower() in _TEXTS and item.entry.path != result.ref.path:
+            result.items.remove(item)
+            result.left_out[item.entry.path] = "another file of this name lies there"
+        else:
             raise UsageProblem(
                 f"two different files would become {item.target}", hint="pull them into folders of their own"
             )

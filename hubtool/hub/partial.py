@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SUFFIX = ".hubtool-pull"
 _READ = 4 << 20
 _MARGIN = 16 << 20
 _MAX_STATE = 4096
+_NAME = 60  # characters of the target's name; four bytes each still leave room for the rest
 
 
 class Partial:
@@ -98,6 +100,19 @@ class Partial:
         os.fsync(self._fd)
         publish(self.path, self.target, force)
         self.discard()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what was left of other versions of the same file, unless somebody is at it."""
+        for other in self.target.parent.glob(f".{escape(self.target.name[:_NAME])}.*{SUFFIX}"):
+            with suppress(OSError):
+                fd = os.open(other, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    other.unlink()
+                    other.with_name(other.name + ".json").unlink(missing_ok=True)
+                finally:
+                    os.close(fd)
 
     def discard(self) -> None:
         """Remove what lies beside the target."""
@@ -121,7 +136,7 @@ def partial(target: Path, entry: Entry) -> Iterator[Partial]:
 
     Raises ``FileMissing`` and ``FileError`` for the folder, ``HubError`` while another process fetches the same file.
     """
-    path = target.with_name(f".{target.name[:120]}.{entry.digest[:12]}{SUFFIX}")
+    path = target.with_name(f".{target.name[:_NAME]}.{entry.digest[:12]}{SUFFIX}")
     fd = _open_locked(path)
     try:
         found = Partial(fd, path, target, entry)

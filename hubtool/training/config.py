@@ -117,6 +117,7 @@ class Run:
     precision: str = "auto"
     device: str = "auto"
     checkpointing: bool = False
+    offload: bool = False
     checkpoint_every: int = 500
     checkpoints_kept: int = 2
     log_every: int = 1

@@ -15,10 +15,11 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``dtype``: of frozen weights and of activations; trained parameters are fp32 everywhere."""
+    """``dtype``: of frozen weights and of activations; trained parameters are fp32 everywhere. ``offload``: idle models wait elsewhere."""
 
     device: Any
     dtype: Any
+    offload: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -34,11 +35,30 @@ class Place:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mixed):
             yield
 
+    @contextmanager
+    def lent(self, *models: Any) -> Iterator[None]:
+        """Idle models are on the device inside the block."""
+        waiting = [model for model in models if self.offload and model is not None and model.device.type == "cpu"]
+        for model in waiting:
+            moved(model, self.device)
+        try:
+            yield
+        finally:
+            for model in waiting:
+                moved(model, "cpu")
+
     def scaler(self) -> Any:
         """Keeps fp16 gradients from vanishing; does nothing in other precisions."""
         import torch
 
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+def moved(model: Any, device: Any, dtype: Any = None) -> None:
+    """``model.to``, without what the classes of diffusers say about it."""
+    from torch import nn
+
+    nn.Module.to(model, device=device, dtype=dtype)
 
 
 def place(run: Run) -> Place:
@@ -47,7 +67,7 @@ def place(run: Run) -> Place:
 
     device = torch.device(_best() if run.device == "auto" else _known(run.device))
     precision = _auto(device) if run.precision == "auto" else run.precision
-    return Place(device, getattr(torch, _DTYPES[precision]))
+    return Place(device, getattr(torch, _DTYPES[precision]), run.offload)
 
 
 def _known(name: str) -> str:

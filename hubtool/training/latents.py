@@ -11,6 +11,7 @@ from hubtool.training.bases.base import Base, drawn, encoded
 from hubtool.training.config import Config
 from hubtool.training.data import images
 from hubtool.training.data.batches import Sample
+from hubtool.training.device import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Pictures:
 
 
 class Latents:
-    def __init__(self, base: Base, config: Config) -> None:
-        self.base, self.config = base, config
+    def __init__(self, base: Base, config: Config, place: Place) -> None:
+        self.base, self.config, self.place = base, config, place
         self.keeps = config.data.cache_latents and config.data.crop != "random"
         self.kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
@@ -43,11 +44,15 @@ class Latents:
         import torch
 
         key = (sample.item.path, sample.cut)
-        found = self.kept.get(key) or encoded(self.base.pipe.vae, images.pixels(sample.item, sample.cut)[None])
+        found = self.kept.get(key) or self._encoded(images.pixels(sample.item, sample.cut)[None])
         if self.keeps:
             self.kept[key] = found
         noise = torch.randn(found[0].shape, generator=seeds.generator(self.config.run.seed, "vae", sample.index))
         return drawn(self.base.pipe.vae, *found, noise)
+
+    def _encoded(self, pixels: Any) -> tuple[Any, Any]:
+        with self.place.lent(self.base.pipe.vae):
+            return encoded(self.base.pipe.vae, pixels)
 
     def _hidden(self, sample: Sample) -> Any:
         """(1, 1 + c, h, w): a random mask (1: to be painted), and the latents of what it leaves."""
@@ -56,7 +61,7 @@ class Latents:
 
         pixels = images.pixels(sample.item, sample.cut)[None]
         mask = hole(pixels.shape[-2], pixels.shape[-1], self.config.run.seed, sample.index)
-        mean, _ = encoded(self.base.pipe.vae, pixels * (1.0 - mask))
+        mean, _ = self._encoded(pixels * (1.0 - mask))
         left = drawn(self.base.pipe.vae, mean, torch.zeros_like(mean), torch.zeros_like(mean))
         return torch.cat([F.interpolate(mask, size=mean.shape[-2:], mode="nearest"), left], dim=1)
 

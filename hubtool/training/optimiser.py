@@ -28,7 +28,9 @@ def make(groups: Sequence[Group], settings: Optimiser) -> Any:
     try:
         cls = getattr(import_module(module), name)
     except ImportError:
-        raise MissingExtra(f"the optimiser {settings.name} ({module.partition('.')[0]})", "train") from None
+        error = MissingExtra(f"the optimiser {settings.name}", "train")
+        error.hint = f"pip install {module.partition('.')[0]}"  # too large, or too rare, for the extra
+        raise error from None
     given = {"betas": tuple(settings.betas), "eps": settings.epsilon}
     rows = [
         {"params": list(group.parameters.values()), "lr": group.rate, "weight_decay": group.decay} for group in groups

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def _make(pipe: Any, config: Config, place: Path, missing: int, made: Callable[[
         path = place / f"class-{number:05}.png"
         if not path.exists():
             generator = torch.Generator().manual_seed(seeds.number(config.run.seed, "class", number))
-            picture = pipe(
+            with quiet(pipe):
+                picture = pipe(
                 config.data.class_prompt, height=size, width=size, generator=generator,
                 num_inference_steps=config.validation.steps,
             ).images[0]  # fmt: skip
@@ -64,6 +66,17 @@ def _make(pipe: Any, config: Config, place: Path, missing: int, made: Callable[[
             missing -= 1
             made()
         number += 1
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline shows no progress of its own inside the block."""
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bar)
 
 
 def _needs_image(pipe: Any) -> bool:

@@ -13,7 +13,7 @@ from hubtool.adapters.ir import Adapter, Embedding
 from hubtool.adapters.token_embeddings import canonical_metadata
 from hubtool.errors import LossyConversion
 from hubtool.formats import open_file
-from hubtool.layouts import emit
+from hubtool.layouts import Emission, emit
 from hubtool.ops import convert
 from hubtool.ops.execute import execute
 from hubtool.tensors.dtypes import FLOATS, FROM_TORCH, numel
@@ -44,6 +44,12 @@ def planned(output: Output, tokens: tuple[str, ...], *, only_tokens: bool) -> li
     return named if only_tokens else [main, *named]
 
 
+def check(adapter: Adapter, output: Output) -> None:
+    """Raise ``LossyConversion`` when the layout cannot hold such an adapter: known before training, not after it."""
+    if adapter.patches and not _as_processors(adapter, output):
+        _emitted(Adapter(adapter.family, adapter.patches), output.layout)
+
+
 def write(adapter: Adapter, output: Output, metadata: Mapping[str, str], *, force: bool) -> Written:
     """Write everything in ``adapter``. Raises ``LossyConversion`` when the layout cannot hold it, ``WouldOverwrite``."""
     tokens = tuple(dict.fromkeys(str(one.token) for one in adapter.embeddings))
@@ -62,19 +68,28 @@ def write(adapter: Adapter, output: Output, metadata: Mapping[str, str], *, forc
 
 
 def _write_patches(adapter: Adapter, path: Path, output: Output, metadata: Mapping[str, str], force: bool) -> None:
-    replaced = {patch.algorithm for patch in adapter.patches.values()} == {"set"}
-    if replaced and output.layout == "diffusers":
+    if _as_processors(adapter, output):
         write_safetensors(path, _cast(dict(_processors(adapter)), output.dtype), dict(metadata), force=force)
         return
-    emission = emit(adapter, output.layout)
-    if emission.losses:
-        lost = emission.losses[0]
-        raise LossyConversion(f"{output.layout} cannot hold {lost.what}: {lost.reason}", hint="layout = 'diffusers'")
+    emission = _emitted(adapter, output.layout)
     if emission.container == "safetensors":
         tensors = _cast(emission.tensors, output.dtype)
         write_safetensors(path, tensors, {**metadata, **emission.metadata}, force=force)
     else:
         _through_diffusers(adapter, path, output, metadata, force)
+
+
+def _as_processors(adapter: Adapter, output: Output) -> bool:
+    """Whether these are whole weights for diffusers, whose form for them is that of Custom Diffusion."""
+    return output.layout == "diffusers" and {patch.algorithm for patch in adapter.patches.values()} == {"set"}
+
+
+def _emitted(adapter: Adapter, layout: str) -> Emission:
+    emission = emit(adapter, layout)
+    if emission.losses:
+        lost = emission.losses[0]
+        raise LossyConversion(f"{layout} cannot hold {lost.what}: {lost.reason}", hint="--layout diffusers")
+    return emission
 
 
 def _through_diffusers(adapter: Adapter, path: Path, output: Output, metadata: Mapping[str, str], force: bool) -> None:

@@ -16,7 +16,7 @@ from hubtool.training.bases import Base
 from hubtool.training.config import Config
 from hubtool.training.data.batches import Batches
 from hubtool.training.data.items import collect
-from hubtool.training.device import Place, place
+from hubtool.training.device import Place, moved, place
 from hubtool.training.latents import Latents
 from hubtool.training.methods import Method
 from hubtool.training.objectives import Goal
@@ -75,12 +75,14 @@ def session(pipe: Any, config: Config, method: Method, made: Callable[[], None])
         groups = [group for part in parts for group in part.groups]
         parameters = {name: value for group in groups for name, value in group.parameters.items()}
         frozen = not any(group.name in ("text", "tokens") for group in groups)
+        for model in _idle(pipe, frozen) if where.offload else ():
+            moved(model, "cpu")
         if config.run.checkpointing:
             undo.callback(_keep_activations, _spare_activations(pipe, base, frozen))
         yield Session(
             config, method, pipe, base, where, parts, groups, parameters, optimiser.make(groups, config.optimiser),
             where.scaler(), Average(parameters, config.optimiser.ema), objectives.make(pipe.scheduler, config.objective),
-            own, Batches(others, config, (), "class") if others else None, Texts(base, frozen=frozen), Latents(base, config),
+            own, Batches(others, config, (), "class") if others else None, Texts(base, where, frozen=frozen), Latents(base, config, where),
         )  # fmt: skip
 
 
@@ -111,9 +113,16 @@ def _settle(pipe: Any, where: Place) -> None:
     """Move everything to the device in the frozen dtype; a VAE overflows in fp16, so it stays in fp32 there."""
     import torch
 
-    pipe.to(where.device, where.dtype) if where.mixed else pipe.to(where.device)
-    if where.dtype == torch.float16:
-        pipe.vae.to(torch.float32)
+    for name, model in live.modules(pipe).items():
+        precise = name == "vae" and where.dtype == torch.float16
+        wanted = torch.float32 if precise else where.dtype
+        moved(model, where.device, wanted if (where.mixed or precise) and model.dtype != wanted else None)
+
+
+def _idle(pipe: Any, frozen: bool) -> list[Any]:
+    """The models that are needed only now and then: the VAE, and text encoders that are not trained."""
+    encoders = [encoder for encoder, _ in live.encoders(pipe).values()] if frozen else []
+    return [pipe.vae, *encoders]
 
 
 def _freeze(pipe: Any) -> None:

@@ -6,14 +6,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from hubtool.pipelines import live
 from hubtool.training.bases.base import Base
+from hubtool.training.device import Place
 
 _KEPT = 4096  # prompts
 
 
 class Texts:
-    def __init__(self, base: Base, *, frozen: bool) -> None:
-        self.base, self.frozen = base, frozen
+    def __init__(self, base: Base, place: Place, *, frozen: bool) -> None:
+        self.base, self.place, self.frozen = base, place, frozen
+        self.encoders = [encoder for encoder, _ in live.encoders(base.pipe).values()]
         self.kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def words(self, prompts: Sequence[str], device: Any) -> dict[str, Any]:
@@ -22,7 +25,9 @@ class Texts:
 
         if not self.frozen:
             return self.base.words(prompts)
-        rows = [self._one(prompt) for prompt in prompts]
+        new = [prompt for prompt in prompts if prompt not in self.kept]
+        with self.place.lent(*(self.encoders if new else ())):
+            rows = [self._one(prompt) for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
     def _one(self, prompt: str) -> dict[str, Any]:

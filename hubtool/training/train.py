@@ -83,6 +83,7 @@ def train(
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
     started = datetime.now(UTC)
     with session(pipe, config, chosen, made) as made_session:
+        result.check(joined(pipe, made_session.parts), config.output)
         steps = loop.run(made_session, watch, resume=resume)
         return _finished(made_session, steps, started, force or resume)
 

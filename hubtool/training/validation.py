@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubtool.training.data import captions, images
 from hubtool.training.latents import hole
+from hubtool.training.prior import quiet
 
 if TYPE_CHECKING:
     from hubtool.training.session import Session
@@ -26,7 +27,8 @@ def pictures(session: Session, step: int) -> list[Path]:
         prompt = captions.filled(text, "", config.tokens.names)
         for turn in range(settings.images):
             path = folder / f"step-{step:08}-{at:02}-{turn:02}.png"
-            with torch.no_grad(), torch.random.fork_rng(), session.place.precise():
+            idle = (session.pipe.vae, *session.texts.encoders)
+            with torch.no_grad(), torch.random.fork_rng(), session.place.precise(), session.place.lent(*idle):
                 _picture(session, prompt, settings.seed + turn).save(path, pnginfo=_note(prompt, step))
             made.append(path)
     return made
@@ -45,12 +47,8 @@ def _picture(session: Session, prompt: str, seed: int) -> Any:
         asked["negative_prompt"] = settings.negative
     if session.base.inpainting:
         asked |= _scene(session, size, seed)
-    bar = dict(getattr(session.pipe, "_progress_bar_config", {}))
-    session.pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
+    with quiet(session.pipe):
         return session.pipe(**asked).images[0]
-    finally:
-        session.pipe.set_progress_bar_config(**bar)
 
 
 def _scene(session: Session, size: int, seed: int) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +136,8 @@ def point(
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(url)}))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hasty = {**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.02))}
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**hasty))  # its own retries wait seconds
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_HUB_DISABLE_XET", str(int(not xet)))

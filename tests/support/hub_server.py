@@ -2050,7 +2050,7 @@ class Hub:
 
     def start(self):
         for s in self.servers:
-            threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+            threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def stop(self):

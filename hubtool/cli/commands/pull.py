@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -10,6 +11,9 @@ from hubtool.actions.pull import Item, Options, Pulled, pull
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import PartialFailure
+from hubtool.hub.client import Client
+
+_SILENTLY = 8.0  # seconds of waiting that need no word
 
 _HOW = {
     "download": "would download", "copy": "would copy", "present": "is there", "library": "is in the library", "copied": "copied",
@@ -48,7 +52,7 @@ def command(
     Every file is checked against the hash that the hub lists. Interrupt it at any time: the same command goes on where it stopped.
     """
     options = Options(out, include, exclude, force, dry_run, not no_index, state.library)
-    results = pull(refs, options, progress=output.progress)
+    results = pull(refs, options, client=Client(sleep=_wait), progress=output.progress)
     failed = [item for result in results for item in result.failed]
     total = sum(len(result.items) for result in results)
     if total == 1 and failed and failed[0].error is not None:
@@ -62,6 +66,12 @@ def command(
         for warning in result.warnings:
             output.complain(warning, "warning")
     _complain(failed, total)
+
+
+def _wait(seconds: float) -> None:
+    if seconds > _SILENTLY:
+        output.say(f"the hub asks to wait {seconds:.0f} seconds")
+    time.sleep(seconds)
 
 
 def _describe(result: Pulled) -> None:

@@ -107,9 +107,9 @@ def _run(state: State, config: Config, asked: dict[str, Any]) -> None:
 def _described(done: Done) -> Iterator[str]:
     trained = done.trained
     yield from (str(path) for path in trained.written.files)
-    last = trained.steps[-1].loss if trained.steps else float("nan")
+    last = f", last loss {trained.steps[-1].loss:.5f}" if trained.steps else ""
     resumed = f" ({trained.resumed} before the interruption)" if trained.resumed else ""
-    yield f"  {trained.config.run.steps} steps{resumed}, last loss {last:.5f}, {trained.parameters} numbers trained"
+    yield f"  {trained.config.run.steps} steps{resumed}{last}, {trained.parameters} numbers trained"
     memory = f", at most {output.human_size(trained.peak_memory)} of GPU memory" if trained.peak_memory else ""
     yield f"  {trained.seconds:.1f} s{memory}"
 
