@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hubtool.actions.convert import convert
+    from hubtool.actions.hub import Hub
     from hubtool.actions.inspect import inspect
     from hubtool.actions.load import load, save, unload
     from hubtool.actions.scan import scan
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "inspect", "load", "open_file", "save", "scan", "unload"]
+__all__ = ["Hub", "__version__", "convert", "inspect", "load", "open_file", "save", "scan", "unload"]
 
 _HOMES = {
+    "Hub": "hubtool.actions.hub",
     "convert": "hubtool.actions.convert",
     "inspect": "hubtool.actions.inspect",
     "load": "hubtool.actions.load",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hubtool.errors import FileError, HubError
+from hubtool.errors import FileError, HubError, MissingExtra
 from hubtool.hub.client import Client
 from hubtool.hub.errors import explain, explained, failures, is_unreachable, redact, wait_of
 from hubtool.hub.refs import HubRef
@@ -231,8 +232,14 @@ def test_how_long_to_wait_is_read_from_both_headers() -> None:
     assert wait_of({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}) is None
 
 
-@pytest.mark.parametrize("kind", ["html", "json"])
-def test_a_page_in_place_of_an_answer_is_named(hub: LocalHub, kind: str) -> None:
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtra) as caught:
+        Client()
+    assert "hubtool[hub]" in str(caught.value.hint)
+
+
+def test_a_page_in_place_of_an_answer_is_named(hub: LocalHub) -> None:
     hub.put("tester/style", {"a.txt": "a"})
     hub.fault("html", "/api/", times=9)
     with pytest.raises(HubError, match="something else than a hub answered"):

@@ -242,6 +242,13 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_p
     assert equal(bits(pipe), before)
 
 
+def test_a_step_that_leaves_infinity_behind_is_never_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(BadValues, match="training stopped"):
+        one(tmp_path, build("sd1"), "run.steps=30", "run.checkpoint_every=1", "optimiser.rate=100", "optimiser.clip=0")
+    for path in (tmp_path / "out" / "checkpoints").iterdir():
+        assert all(bool(value.isfinite().all()) for value in load_file(path / "state.safetensors").values())
+
+
 def test_a_finished_or_interrupted_run_is_not_overwritten(tmp_path: Path) -> None:
     done = one(tmp_path, build("sd1"), "run.steps=2")
     with pytest.raises(WouldOverwrite, match="a result already"):

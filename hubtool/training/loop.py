@@ -181,6 +181,9 @@ def _keep(session: Session, step: int) -> None:
     """Checkpoint and pictures, when it is time for them."""
     settings, every = session.config.validation, session.config.run.checkpoint_every
     if every and (step % every == 0 or step == session.config.run.steps):
+        wrong = [name for name, value in session.parameters.items() if not bool(value.isfinite().all())]
+        if wrong:
+            raise _stopped(session, f"after step {step}, {wrong[0]} holds NaN or infinity")
         rest = {"scaler": session.scaler.state_dict()}
         checkpoint.write(session.config, step, session.parameters, session.optimiser, session.average, rest)
     if settings.every and settings.prompts and step % settings.every == 0:
