@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 
 from hubtool.actions import train as actions
 from hubtool.cli.main import cli
-from hubtool.errors import CorruptFile, FileMissing, HubtoolError, MissingExtra, UsageProblem
+from hubtool.errors import CorruptFile, FileMissing, HubError, HubtoolError, MissingExtra, UsageProblem
 from hubtool.ops.recipes.schema import schema
 from hubtool.pipelines.tiny import build
 from hubtool.training import bases, objectives, opening
@@ -324,6 +324,31 @@ def test_an_optimiser_that_is_not_installed_names_the_command() -> None:
     assert caught.value.hint == "pip install bitsandbytes"
 
 
+def test_a_repository_is_asked_for_its_class_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def answer(repository: str, name: str) -> str:
+        asked.append(name)
+        (tmp_path / "index.json").write_text(
+            json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "X"]})
+        )
+        return str(tmp_path / "index.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    with pytest.raises(HubtoolError, match="lora does not fit wan, which some/where is"):
+        opening.opened("some/where", METHODS["lora"].families, "lora", torch.float32)
+    assert asked == ["model_index.json"]
+
+
+def test_a_repository_that_cannot_be_reached_is_the_hubs_error() -> None:
+    with pytest.raises(HubError, match="cannot be asked"):
+        opening.family("some/where")
+
+
 def test_families_that_cannot_be_trained_are_named() -> None:
     with pytest.raises(HubtoolError, match="wan cannot be trained"):
         bases.check_family("wan")
@@ -336,10 +361,13 @@ def invoke(*words: str) -> Any:
 def test_the_command_trains_into_the_library_and_resumes(tmp_path: Path) -> None:
     build("sd1").save_pretrained(tmp_path / "base")
     images = pictures(tmp_path / "in", 1)
+    scanned = CliRunner().invoke(cli, ["scan", str(tmp_path / "base")])
+    assert scanned.exit_code == 0, scanned.output
+    (base,) = json.loads(CliRunner().invoke(cli, ["ls", "--json"]).stdout)
     asked = [
         "lora",
         "--base",
-        str(tmp_path / "base"),
+        base["id"],
         "--data",
         str(images),
         "-o",
@@ -363,7 +391,9 @@ def test_the_command_trains_into_the_library_and_resumes(tmp_path: Path) -> None
     document = json.loads(done.stdout)
     assert Path(document["output"]).name == "cats.safetensors"
     listed = CliRunner().invoke(cli, ["ls", "--json"])
-    assert [row["id"] for row in json.loads(listed.stdout)] == document["library_ids"]
+    assert {row["id"] for row in json.loads(listed.stdout)} == {base["id"], *document["library_ids"]}
+    shown = json.loads(CliRunner().invoke(cli, ["show", document["library_ids"][0], "--json"]).stdout)
+    assert [edge["op"] for edge in shown["lineage"]["parents"]] == ["train"]
     assert invoke(*asked, *small).exit_code == 1
     again = invoke("lora", "-c", str(tmp_path / "out" / "train.toml"), "--resume", "--json")
     assert json.loads(again.stdout)["resumed_from"] == 1

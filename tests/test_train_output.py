@@ -61,14 +61,18 @@ def test_every_layout_reads_back_as_what_was_trained(layout: str, tmp_path: Path
     assert len(held) > 3
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "flux1"])
-def test_diffusers_loads_the_file_exactly(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout"), [("sd1", "diffusers"), ("sd1", "kohya"), ("sdxl", "diffusers"), ("flux1", "diffusers")]
+)
+def test_diffusers_loads_the_file_exactly(family: str, layout: str, tmp_path: Path) -> None:
     pipe = whole(family)
-    done, held = run(tmp_path, pipe, "lora")
+    done, held = run(tmp_path, pipe, "lora", f"output.layout={layout}", "adapter.text_encoders=true")
     before = weights(pipe)
     pipe.load_lora_weights(str(done.written.main), adapter_name="back")
     after = effective(pipe)
-    for (component, path), delta in held.items():
+    assert {component for component, _ in held} >= {"text_encoder"}
+    for (component, canonical), delta in held.items():
+        path = canonical if component == "text_encoder_2" else canonical.removeprefix("text_model.")
         change = (after[component][f"{path}.weight"] - before[component][f"{path}.weight"].double()).flatten(1)
         torch.testing.assert_close(change, delta.double().flatten(1), rtol=1e-5, atol=1e-6)
 

@@ -59,13 +59,15 @@ class Hub:
     def pull(self, refs: str | Sequence[str], output: Ref | None = None, **asked: Any) -> list[Pulled]:
         """Fetch files, folders or whole repositories, verified. ``asked``: fields of ``actions.pull.Options``. Raises as ``actions.pull``."""
         from hubtool.actions.pull import Options as Asked
-        from hubtool.actions.pull import pull
+        from hubtool.actions.pull import pull, raise_failed
 
         values: dict[str, Any] = dict(asked)
         values |= {name: _tuple(asked[name]) for name in ("include", "exclude") if name in asked}
         folder = None if output is None else Path(output)
         options = Asked(**{"library": self._library, **values, "output": folder})
-        return pull([refs] if isinstance(refs, str) else list(refs), options, client=self.client)
+        pulled = pull([refs] if isinstance(refs, str) else list(refs), options, client=self.client)
+        raise_failed(pulled)
+        return pulled
 
     def inspect(self, ref: str) -> list[RemoteReport]:
         """Say what the weights behind a reference are, from their headers; nothing is downloaded."""

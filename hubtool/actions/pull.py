@@ -14,7 +14,7 @@ from hubtool.actions.library import reading
 from hubtool.actions.pull_record import MAX_CARD, record
 from hubtool.actions.scan import silent
 from hubtool.actions.where import library_exists
-from hubtool.errors import FileError, HubError, HubtoolError, NotFound, UsageProblem
+from hubtool.errors import FileError, HubError, HubtoolError, NotFound, PartialFailure, UsageProblem
 
 if TYPE_CHECKING:
     from hubtool.hub.client import Client, Entry, Resolved
@@ -106,7 +106,7 @@ def pull(
 ) -> list[Pulled]:
     """Fetch every reference: a file, a folder of a repository, or all of it that is of use.
 
-    Every repository is read at one commit. A file that fails does not stop the others; it is reported in its place. Raises
+    Every repository is read at one commit. A file that fails does not stop the others; it is reported in its place (``raise_failed`` makes it an exception). Raises
     ``UsageProblem`` for a reference that is none, ``HubError`` when nothing is known about a repository here or there.
     """
     from hubtool.hub.client import Client
@@ -128,6 +128,16 @@ def pull(
             if options.index:
                 record(client, result, options.library)
     return results
+
+
+def raise_failed(results: Sequence[Pulled]) -> None:
+    """Raise what kept the only file from coming, or ``PartialFailure`` where some of several did not come."""
+    items = [item for result in results for item in result.items]
+    errors = [item.error for item in items if item.error is not None]
+    if len(items) == 1 and errors:
+        raise errors[0]
+    if errors:
+        raise PartialFailure(f"{len(errors)} of {len(items)} files did not come", hint="run the same command again")
 
 
 def _library_root(library: str | None) -> Path:

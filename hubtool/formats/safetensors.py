@@ -27,7 +27,7 @@ def read(path: Path, fd: int, size: int) -> TensorFile:
         size,
         header.tensors,
         header.metadata,
-        _findings(header),
+        findings(header),
         files=(path,),
         header_bytes=header.raw,
     )
@@ -45,7 +45,8 @@ def read_header(path: Path) -> TensorFile:
         os.close(fd)
 
 
-def _findings(header: headers.Header) -> tuple[Finding, ...]:
+def findings(header: headers.Header) -> tuple[Finding, ...]:
+    """What is worth saying about a header that was read."""
     found = suspicion.of_metadata(header.metadata, header.tensors) if header.metadata else []
     if header.plain:
         return tuple(found)

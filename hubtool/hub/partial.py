@@ -18,7 +18,7 @@ from typing import Any
 from hubtool.errors import FileError, FileMissing, HubError
 from hubtool.hub.checking import Checker
 from hubtool.hub.client import Entry
-from hubtool.tensors.atomic import _publish as publish
+from hubtool.tensors.atomic import publish
 
 SUFFIX = ".hubtool-pull"
 _READ = 4 << 20

@@ -137,7 +137,7 @@ def _read(reader: _Reader, entry: Entry, path: Path, budget: int) -> tuple[Tenso
 
 def _file(header: headers.Header, entry: Entry, path: Path) -> TensorFile:
     return TensorFile(
-        path, "safetensors", entry.size, header.tensors, header.metadata, safetensors._findings(header), files=(path,),
+        path, "safetensors", entry.size, header.tensors, header.metadata, safetensors.findings(header), files=(path,),
         header_bytes=header.raw,
     )  # fmt: skip
 

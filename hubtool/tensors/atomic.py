@@ -174,7 +174,7 @@ def atomic_file(path: Path, size: int | None, *, force: bool = False) -> Iterato
             raise FileError(f"{output.tell()} bytes were written, {size} were planned", path=final)
         output.settle()
         os.fsync(output.fd)
-        _publish(output.part, final, force)
+        publish(output.part, final, force)
     except OSError as error:
         raise _explained(error, final) from error
     finally:
@@ -274,7 +274,8 @@ def _reserve(fd: int, size: int, final: Path) -> None:
                 raise
 
 
-def _publish(part: Path, final: Path, force: bool) -> None:
+def publish(part: Path, final: Path, force: bool) -> None:
+    """Give a synced part its name; with ``force`` it replaces what is there. Raises ``WouldOverwrite``."""
     if force:
         os.replace(part, final)
     else:

@@ -15,6 +15,7 @@ from hubtool.errors import BadValues
 from hubtool.training import checkpoint, loss, optimiser, seeds, validation
 from hubtool.training.bases.base import Sizes
 from hubtool.training.data.batches import Sample
+from hubtool.training.parts.low_rank import trained_encoders
 from hubtool.training.session import Session
 
 LOG = "log.ndjson"
@@ -134,7 +135,7 @@ def _gradients(session: Session, number: int) -> tuple[float, float | None]:
 @contextmanager
 def _training(session: Session) -> Iterator[None]:
     """Dropout and checkpointing act on what is trained, and only inside the block."""
-    models = [session.denoiser, *([] if session.texts.frozen else _clip(session))]
+    models = [session.denoiser, *([] if session.texts.frozen else trained_encoders(session.base).values())]
     for model in models:
         model.train()
     try:
@@ -142,12 +143,6 @@ def _training(session: Session) -> Iterator[None]:
     finally:
         for model in models:
             model.eval()
-
-
-def _clip(session: Session) -> list[Any]:
-    from hubtool.training.parts.low_rank import trained_encoders
-
-    return list(trained_encoders(session.base).values())
 
 
 def _clipped(session: Session, step: int) -> float:

@@ -21,6 +21,7 @@ from hubtool.training.latents import Latents
 from hubtool.training.methods import Method
 from hubtool.training.objectives import Goal
 from hubtool.training.parts.base import Group, Part
+from hubtool.training.parts.low_rank import trained_encoders
 from hubtool.training.texts import Texts
 
 
@@ -155,9 +156,10 @@ def _spare_activations(pipe: Any, base: Base, frozen: bool) -> list[Any]:
     """Compute activations again instead of keeping them; the models that do so now."""
     denoiser = getattr(pipe, base.denoiser)
     denoiser.enable_gradient_checkpointing()
-    encoders = [] if frozen else [encoder for encoder, _ in live.encoders(pipe).values()]
+    encoders = [] if frozen else list(trained_encoders(base).values())
     for encoder in encoders:
-        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with live.aside():  # transformers renames this method
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return [denoiser, *encoders]
 
 
@@ -166,4 +168,5 @@ def _keep_activations(models: list[Any]) -> None:
         if hasattr(model, "disable_gradient_checkpointing"):
             model.disable_gradient_checkpointing()
         else:
-            model.gradient_checkpointing_disable()
+            with live.aside():
+                model.gradient_checkpointing_disable()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from hubtool.actions.pull import Item, Options, Pulled, pull
+from hubtool.actions.pull import Item, Options, Pulled, pull, raise_failed
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
-from hubtool.errors import PartialFailure
 from hubtool.hub.client import Client
 
 _SILENTLY = 8.0  # seconds of waiting that need no word
@@ -53,10 +52,8 @@ def command(
     """
     options = Options(out, include, exclude, force, dry_run, not no_index, state.library)
     results = pull(refs, options, client=Client(sleep=_wait), progress=output.progress)
-    failed = [item for result in results for item in result.failed]
-    total = sum(len(result.items) for result in results)
-    if total == 1 and failed and failed[0].error is not None:
-        raise failed[0].error
+    if sum(len(result.items) for result in results) == 1:
+        raise_failed(results)
     documents = [result.to_json() for result in results]
     if as_json:
         output.print_json(documents[0] if len(documents) == 1 else documents)
@@ -65,7 +62,8 @@ def command(
             _describe(result)
         for warning in result.warnings:
             output.complain(warning, "warning")
-    _complain(failed, total)
+    _complain([item for result in results for item in result.failed])
+    raise_failed(results)
 
 
 def _wait(seconds: float) -> None:
@@ -84,12 +82,9 @@ def _describe(result: Pulled) -> None:
         output.say(f"  left out: {path} ({reason})")
 
 
-def _complain(failed: list[Item], total: int) -> None:
-    """Say what did not come, and end as a partial failure."""
+def _complain(failed: list[Item]) -> None:
     for item in failed:
         if item.error is not None:
             output.complain(f"{item.entry.path}: {item.error.message}", "error")
             if item.error.hint:
                 output.complain(item.error.hint, "hint")
-    if failed:
-        raise PartialFailure(f"{len(failed)} of {total} files did not come")
