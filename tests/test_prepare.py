@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from hubtool.cli.main import cli
-from hubtool.errors import FileMissing, UsageProblem, WouldOverwrite
+from hubtool.errors import FileMissing, MissingExtra, UsageProblem, WouldOverwrite
 from hubtool.training.data import buckets
 from hubtool.training.data.items import collect
 from hubtool.training.prepare.examine import difference_hash, sharpness
@@ -283,6 +283,15 @@ def clipseg(folder: Path) -> Path:
     CLIPSegForImageSegmentation(config).save_pretrained(folder)
     CLIPSegProcessor(ViTImageProcessor(size={"height": 32, "width": 32}), tokenizer()).save_pretrained(folder)
     return folder
+
+
+def test_missing_packages_name_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(MissingExtra) as caught:
+        prepare(folder, None, Options(), dry_run=True)
+    assert caught.value.hint == 'pip install "hubtool[train]"'
 
 
 def test_the_command_prepares_and_reports(folder: Path, tmp_path: Path) -> None:

@@ -384,6 +384,21 @@ def test_show_prints_what_run_takes(tmp_path: Path, stock: Path) -> None:
         actions.read(stock / "style.safetensors")
 
 
+def test_large_inputs_are_hashed_only_when_asked_and_repeat_either_way(
+    tmp_path: Path, stock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubtool.actions import collapse
+
+    monkeypatch.setattr(collapse, "_HASHED", 1 << 20)
+    style = Input(path=str(stock / "style.safetensors"), role="adapter")
+    for name, hashes in (("plain", False), ("hashed", True)):
+        out = tmp_path / f"{name}.safetensors"
+        collapse.collapse(stock / "sd1.safetensors", [style], out, collapse.Options(family="sd1", hashes=hashes))
+        base, adapter = actions.read(out)[0].inputs
+        assert (base.sha256 is not None, adapter.sha256 is not None) == (hashes, True)
+        assert actions.check(out, RunOptions(search=(stock,))).same
+
+
 @pytest.mark.slow
 def test_the_same_recipe_gives_the_same_bytes_under_any_hash_seed_and_thread_count(tmp_path: Path, stock: Path) -> None:
     (stock / "recipe.json").write_text(

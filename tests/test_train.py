@@ -119,6 +119,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    build("sd1").save_pretrained(tmp_path / "base")
+    pairs = (f"base={tmp_path / 'base'}", "run.accumulate=2", "run.steps=2", "optimiser.name=sgd", "optimiser.rate=0.1")
+    images = pictures(tmp_path / "images")
+    settings = config(tmp_path / "two", "lora", *pairs, images=images)
+    (tmp_path / "run.toml").write_text(to_toml(settings))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "hubtool", "train", "lora", "-c", str(tmp_path / "run.toml"), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    alone = tensors(train(config(tmp_path / "one", "lora", *pairs, images=images)))
+    both = load_file(tmp_path / "two" / "out" / "adapter.safetensors")
+    for key, value in both.items():
+        torch.testing.assert_close(value, alone[f"adapter.safetensors:{key}"], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.slow
 def test_a_run_killed_from_outside_resumes_to_the_same_bits(tmp_path: Path) -> None:
     import signal
     import subprocess
@@ -126,7 +150,7 @@ def test_a_run_killed_from_outside_resumes_to_the_same_bits(tmp_path: Path) -> N
     import time
 
     build("sd1").save_pretrained(tmp_path / "base")
-    pairs = (f"base={tmp_path / 'base'}", "run.steps=60", "run.checkpoint_every=1")
+    pairs = (f"base={tmp_path / 'base'}", "run.steps=30", "run.checkpoint_every=1")
     settings = config(tmp_path / "killed", "lora", *pairs, images=pictures(tmp_path / "images"))
     (tmp_path / "run.toml").write_text(to_toml(settings))
     command = [sys.executable, "-m", "hubtool", "train", "lora", "-c", str(tmp_path / "run.toml")]
@@ -136,7 +160,7 @@ def test_a_run_killed_from_outside_resumes_to_the_same_bits(tmp_path: Path) -> N
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     resumed = train(settings, resume=True)
-    assert 0 < resumed.resumed < 60
+    assert 0 < resumed.resumed < 30
     whole_run = train(config(tmp_path / "whole", "lora", *pairs, images=tmp_path / "images"))
     assert equal(tensors(resumed), tensors(whole_run))
 

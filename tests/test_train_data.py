@@ -306,6 +306,56 @@ def test_the_estimate_is_what_autograd_keeps(tmp_path: Path) -> None:
     assert 0.7 * real < memory["activations"] < 1.3 * real
 
 
+def test_the_average_follows_its_decay_and_gives_the_parameters_back() -> None:
+    from hubtool.training.average import Average
+
+    value = torch.nn.Parameter(torch.zeros(3))
+    average, expected = Average({"value": value}, 0.5), 0.0
+    for step in range(6):
+        value.data.fill_(step + 1.0)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step + 1)
+    with average.applied():
+        torch.testing.assert_close(value.detach(), torch.full((3,), expected))
+    assert torch.equal(value.detach(), torch.full((3,), 6.0))
+
+
+def test_norm_decay_pulls_token_vectors_and_keeps_their_direction(tmp_path: Path) -> None:
+    from hubtool.training.methods import method
+    from hubtool.training.session import session
+
+    settings = config(
+        tmp_path,
+        "textual-inversion",
+        "tokens.norm_decay=0.25",
+        "tokens.norm=2.0",
+        "tokens.vectors=2",
+        "tokens.noise=1.0",
+    )
+    with session(build("sd1"), settings, method("textual-inversion"), lambda: None) as made:
+        rows = made.parts[0].rows["text_encoder"]
+        before = rows.detach().clone()
+        made.parts[0].after_step(0)
+        norms = before.norm(dim=1), rows.detach().norm(dim=1)
+        torch.testing.assert_close(norms[1], norms[0] + 0.25 * (2.0 - norms[0]))
+        torch.testing.assert_close(torch.cosine_similarity(before, rows.detach()), torch.ones(2))
+
+
+def test_the_first_token_gives_keys_and_values_no_gradient(tmp_path: Path) -> None:
+    from hubtool.training.methods import method
+    from hubtool.training.session import session
+
+    more = ("data.class_prompt=a dog", f"data.class_folder={pictures(tmp_path / 'class', 1)}")
+    with session(
+        build("sd1"), config(tmp_path, "custom-diffusion", *more), method("custom-diffusion"), lambda: None
+    ) as made:
+        module = next(iter(made.parts[1].modules.values()))
+        states = torch.randn(1, 3, module.weight.shape[1])
+        module(states).sum().backward()
+        torch.testing.assert_close(module.weight.grad[0], states[0, 1:].sum(0))
+
+
 def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

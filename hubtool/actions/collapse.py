@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hubtool.ops.collapse.checking import Compared, Verdict
 
 Progress = Callable[[int], None]
+_HASHED = 1 << 30  # bytes: hashing a larger input takes longer than collapsing into it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Options:
 
     ``family`` where base or adapter cannot tell; ``container``: ``safetensors`` or ``torch-zip``, by default the output's suffix, else the
     base's own; ``check``: how many changed tensors are computed again in fp64; ``undo``: take the changes out; ``compare``: a checkpoint
-    whose values the result is compared with; ``search``: folders with adapters that a stamped recipe knows by name and hash.
+    whose values the result is compared with; ``search``: folders with adapters that a stamped recipe knows by name and hash; ``hashes``:
+    the SHA-256 of inputs above 1 GiB goes into the recipe, too; ``verified``: hashes that inputs state have been compared already.
     """
 
     family: str | None = None
@@ -45,6 +47,8 @@ class Options:
     undo: bool = False
     compare: Path | None = None
     search: tuple[Path, ...] = ()
+    hashes: bool = False
+    verified: bool = False
     force: bool = False
     dry_run: bool = False
     library: str | None = None
@@ -163,7 +167,7 @@ def _run(job: _Job, progress: Progress | None) -> Collapsed:
     if job.output is not None and any(same_file(job.output, path) for path in inputs):
         raise UsageProblem("the output is an input", path=job.output, hint="choose another name")
     options = job.options
-    late = None if options.dry_run else LateHashes(inputs, {})  # starts hashing
+    late = None if options.dry_run else _late(job, inputs)  # starts hashing
     base = ops.Base(job.file, options.family)
     files = [open_file(path) for path in job.paths]
     parts = [
@@ -185,6 +189,18 @@ def _run(job: _Job, progress: Progress | None) -> Collapsed:
     done = Collapsed(made, report, job.output, size, recipe)
     warning = _record(job, lambda: late.complete(recipes.dump(recipes.anonymous(recipe, parents)).encode()))
     return _checked(replace(done, warning=warning), base, job)
+
+
+def _late(job: _Job, inputs: Sequence[Path]) -> LateHashes:
+    """Fingerprints of the inputs, but for large ones that nobody asked for. It never depends on the machine: equal recipes, equal bytes."""
+    stated = [one.sha256 if job.options.verified else None for one in (job.base, *job.adapters)]
+    wanted = [path for path in inputs if job.options.hashes or _bytes(path) <= _HASHED]
+    return LateHashes(wanted, dict(zip(inputs, stated, strict=True)))
+
+
+def _bytes(path: Path) -> int:
+    files = open_file(path).files if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files)
 
 
 def strengths_of(one: Input) -> Strengths:
@@ -237,6 +253,7 @@ def run_recipe(
         container=recipe.output.format if recipe.output.format in ("safetensors", "torch-zip") else None,
         allow_mismatch=bool(recipe.parameters.get("allow_mismatch")),
         undo=bool(recipe.parameters.get("undo")),
+        verified=True,
         force=options.force,
         dry_run=options.dry_run,
         library=options.library,

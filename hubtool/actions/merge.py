@@ -367,7 +367,7 @@ def run_recipe(
 ) -> Merged:
     """Carry out a merge that a recipe asks for; the input of role ``base`` is the base, wherever it stands."""
     rows = list(zip(recipe.inputs, inputs, strict=True))
-    merged = [replace(one, path=str(path), ref=None, recipe=None) for one, path in rows if one.role != "base"]
+    merged = [replace(one, path=str(path), ref=None) for one, path in rows if one.role != "base"]
     bases = [str(path) for one, path in rows if one.role == "base"]
     if len(bases) > 1:
         raise UsageProblem(f"a merge has one base, the recipe names {len(bases)}")

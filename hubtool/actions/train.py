@@ -48,6 +48,8 @@ def train(
     """
     config = located(config, library)
     trained = run(config, pipe, resume=resume, force=force, watch=watch, made=made)
+    if not trained.leads:
+        return Done(trained)
     try:
         return Done(trained, _record(trained, library))
     except RegistryError as error:

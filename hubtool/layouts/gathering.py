@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
+from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import Unsupported
 from hubtool.layouts import tables, vocabulary
 from hubtool.layouts.detect import size_of
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.naming import Place
+from hubtool.tensors.evaluate import chunks
 
 Gathered = tuple[
     ModuleKey, str, Patch
@@ -55,6 +57,8 @@ def _component(target: _Target, patches: Mapping[str, Patch], out: Emission) -> 
                 yield from _made(target, place, settled, out)
         elif path in outsides:  # a fused module that could not be taken apart, and need not be
             yield (target.component, outsides[path].key), path, patch
+        elif _changes_nothing(patch):
+            out.notes.append(f"{target.component}.{path} is left out: its factors are zero")
         else:
             out.losses.append(_homeless(target, path, patch))
 
@@ -86,6 +90,15 @@ def _source_place(target: _Target, path: str) -> Place | None:
             if place.outside == path and place.op != "rename":
                 return place
     return None
+
+
+def _changes_nothing(patch: Patch) -> bool:
+    """Whether a plain low-rank change is zero: what fusing put in for a part that an adapter does not have."""
+    if not isinstance(patch, LowRank) or patch.algorithm != "lora" or patch.rank == 0:
+        return False
+    if {role for role, _ in patch.roles()} - {"alpha", "down", "up"}:
+        return False
+    return not any(any(chunk) for chunk in chunks(patch.up))
 
 
 def _homeless(target: _Target, path: str, patch: Patch) -> Loss:

@@ -47,7 +47,7 @@ def execute_folder(
 
 def _place(folder: Path, name: str) -> Path:
     path = folder / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from hubtool.errors import UsageProblem
 from hubtool.training.config import Run
+from hubtool.training.team import own_device
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -86,7 +88,7 @@ def _best() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return "cuda"
+        return own_device() if "LOCAL_RANK" in os.environ else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

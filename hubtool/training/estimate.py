@@ -22,6 +22,8 @@ from hubtool.training.data.batches import Batches
 from hubtool.training.parts.low_rank import chosen
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+_WITH_TOKENS = ("textual-inversion", "pivotal", "custom-diffusion")
 # optimiser -> numbers of fp32 kept for each trained one
 _MOMENTS = {"adamw": 2.0, "adafactor": 0.1, "sgd": 0.0, "adamw8bit": 0.5, "prodigy": 4.0}
 
@@ -82,7 +84,8 @@ def estimate(config: Config, own: Batches, precision: str) -> Estimate:
 
 def _memory(models: dict[str, Any], parameters: int, config: Config, own: Batches, precision: str) -> dict[str, int]:
     size = _BYTES[precision]
-    frozen = sum(size * p.numel() for model in models.values() for p in model.parameters())
+    present = [model for name, model in models.items() if not _waits(name, config)]
+    frozen = sum(size * p.numel() for model in present for p in model.parameters())
     average = 1 if config.optimiser.ema else 0
     return {
         "frozen weights": frozen,
@@ -91,6 +94,12 @@ def _memory(models: dict[str, Any], parameters: int, config: Config, own: Batche
         "optimiser": int(4 * parameters * _MOMENTS[config.optimiser.name]),
         "activations": _activations(models, config, own, precision),
     }
+
+
+def _waits(name: str, config: Config) -> bool:
+    """Whether a component is in main memory most of the time (``run.offload``)."""
+    trains_text = config.adapter.text_encoders or config.method in _WITH_TOKENS
+    return config.run.offload and (name == "vae" or (name.startswith("text_encoder") and not trains_text))
 
 
 @contextmanager
@@ -146,7 +155,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _trained(models: dict[str, Any], config: Config) -> int:
     """Numbers that the method trains."""
-    count, tokens = 0, config.method in ("textual-inversion", "pivotal", "custom-diffusion")
+    count, tokens = 0, config.method in _WITH_TOKENS
     clip = [model for model in models.values() if type(model).__name__.startswith("CLIPText")]
     if tokens:
         widths = sum(model.get_input_embeddings().embedding_dim for model in clip)

@@ -57,9 +57,9 @@ def update(session: Session, step: int) -> Step:
     """One step of the optimiser over ``run.accumulate`` batches."""
     config = session.config
     session.optimiser.zero_grad(set_to_none=True)
-    found = [_gradients(session, step * config.run.accumulate + at) for at in range(config.run.accumulate)]
-    total = sum(value for value, _ in found) / len(found)
-    priors = [value for _, value in found if value is not None]
+    batches = session.team.share(config.run.accumulate)
+    found = [_gradients(session, step * config.run.accumulate + at) for at in batches]
+    total, prior = _together(session, found)
     share = optimiser.factor(config.optimiser, step, config.run.steps)
     optimiser.set_rates(session.optimiser, session.groups, share, session.method.moving(config, step))
     norm = _clipped(session, step)
@@ -69,7 +69,7 @@ def update(session: Session, step: int) -> Step:
         part.after_step(step)
     session.average.update(step)
     rate = float(session.optimiser.param_groups[0]["lr"])
-    return Step(step + 1, total, sum(priors) / len(priors) if priors else None, norm, rate)
+    return Step(step + 1, total, prior, norm, rate)
 
 
 def batch_loss(session: Session, number: int) -> tuple[Any, Any | None]:
@@ -132,6 +132,20 @@ def _gradients(session: Session, number: int) -> tuple[float, float | None]:
     return told, None if prior is None else float(prior.detach())
 
 
+def _together(session: Session, found: list[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """The mean loss and the mean prior over all batches of the update; the gradients are added up on the way."""
+    import torch
+
+    session.team.add(p.grad for p in session.parameters.values() if p.grad is not None)
+    sums = [sum(value for value, _ in found), sum(value or 0.0 for _, value in found)]
+    if session.team.size > 1:
+        told = torch.tensor(sums, device=session.place.device)
+        session.team.add([told])
+        sums = told.tolist()
+    count = session.config.run.accumulate
+    return sums[0] / count, None if found[0][1] is None else sums[1] / count
+
+
 @contextmanager
 def _training(session: Session) -> Iterator[None]:
     """Dropout and checkpointing act on what is trained, and only inside the block."""
@@ -174,6 +188,8 @@ def _resumed(session: Session) -> int:
 
 def _keep(session: Session, step: int) -> None:
     """Checkpoint and pictures, when it is time for them."""
+    if not session.team.leads:
+        return
     settings, every = session.config.validation, session.config.run.checkpoint_every
     if every and (step % every == 0 or step == session.config.run.steps):
         wrong = [name for name, value in session.parameters.items() if not bool(value.isfinite().all())]
@@ -189,6 +205,9 @@ def _keep(session: Session, step: int) -> None:
 @contextmanager
 def _log(session: Session, start: int) -> Iterator[Watch]:
     """Append steps to ``log.ndjson``; lines of steps that an interruption undid are dropped first."""
+    if not session.team.leads:
+        yield lambda done: None
+        return
     path, every = Path(session.config.output.folder) / LOG, session.config.run.log_every
     kept = [row for row in _lines(path) if row["step"] <= start]
     with path.open("w", encoding="utf-8") as file:

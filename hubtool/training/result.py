@@ -50,6 +50,13 @@ def check(adapter: Adapter, output: Output) -> None:
         _emitted(Adapter(adapter.family, adapter.patches), output.layout)
 
 
+def named(adapter: Adapter, output: Output) -> Written:
+    """The files that ``write`` would write."""
+    tokens = tuple(dict.fromkeys(str(one.token) for one in adapter.embeddings))
+    main, *others = planned(output, tokens, only_tokens=not adapter.patches)
+    return Written(main, tuple(others))
+
+
 def write(adapter: Adapter, output: Output, metadata: Mapping[str, str], *, force: bool) -> Written:
     """Write everything in ``adapter``. Raises ``LossyConversion`` when the layout cannot hold it, ``WouldOverwrite``."""
     tokens = tuple(dict.fromkeys(str(one.token) for one in adapter.embeddings))

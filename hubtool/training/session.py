@@ -22,6 +22,7 @@ from hubtool.training.methods import Method
 from hubtool.training.objectives import Goal
 from hubtool.training.parts.base import Group, Part
 from hubtool.training.parts.low_rank import trained_encoders
+from hubtool.training.team import Team, team
 from hubtool.training.texts import Texts
 
 
@@ -34,6 +35,7 @@ class Session:
     pipe: Any
     base: Base
     place: Place
+    team: Team
     parts: list[Part]
     groups: list[Group]
     parameters: dict[str, Any]
@@ -60,13 +62,14 @@ def session(pipe: Any, config: Config, method: Method, made: Callable[[], None])
     """
     import torch
 
-    base = _base(pipe, config, method)
+    base, crew = _base(pipe, config, method), team(config.run.accumulate)
     with ExitStack() as undo:
         undo.enter_context(torch.random.fork_rng())
         where = place(config.run)
         _settle(pipe, where)
         own = _own(config, method)
-        others = prior.items(pipe, config, made)
+        with crew.leader_first():
+            others = prior.items(pipe, config, made)
         undo.callback(_restore, _modes(pipe))
         _freeze(pipe)
         parts: list[Part] = []
@@ -81,7 +84,7 @@ def session(pipe: Any, config: Config, method: Method, made: Callable[[], None])
         if config.run.checkpointing:
             undo.callback(_keep_activations, _spare_activations(pipe, base, frozen))
         yield Session(
-            config, method, pipe, base, where, parts, groups, parameters, optimiser.make(groups, config.optimiser),
+            config, method, pipe, base, where, crew, parts, groups, parameters, optimiser.make(groups, config.optimiser),
             where.scaler(), Average(parameters, config.optimiser.ema), objectives.make(pipe.scheduler, config.objective),
             own, Batches(others, config, (), "class") if others else None, Texts(base, where, frozen=frozen), Latents(base, config, where),
         )  # fmt: skip

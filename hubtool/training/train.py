@@ -26,7 +26,7 @@ CONFIG = "train.toml"
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """``written``: the files; ``steps``: those done in this run, after ``resumed`` earlier ones; ``parameters``: trained numbers."""
+    """``leads``: false in the further processes of a team, which write nothing. ``written``: the files; ``steps``: those done in this run, after ``resumed`` earlier ones; ``parameters``: trained numbers."""
 
     config: Config
     written: Written
@@ -35,6 +35,7 @@ class Trained:
     parameters: int
     seconds: float
     peak_memory: int | None
+    leads: bool = True
 
     def to_json(self) -> dict[str, Any]:
         last = self.steps[-1] if self.steps else None
@@ -82,6 +83,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
     started = datetime.now(UTC)
+    _forget_peaks()
     with session(pipe, config, chosen, made) as made_session:
         result.check(joined(pipe, made_session.parts), config.output)
         steps = loop.run(made_session, watch, resume=resume)
@@ -96,11 +98,14 @@ def _finished(session: Session, steps: list[Step], started: datetime, force: boo
     kind = "lora" if adapter.patches else "textual-inversion"
     facts = metadata.Facts(str(adapter.family), kind, session.goal.name, config.run.steps, started, finished)
     notes = metadata.make(config, session.own, session.prior, facts)
-    written = result.write(adapter, config.output, notes, force=force)
+    leads = session.team.leads
+    written = (
+        result.write(adapter, config.output, notes, force=force) if leads else result.named(adapter, config.output)
+    )
     count = sum(parameter.numel() for parameter in session.parameters.values())
     resumed = config.run.steps - len(steps)
     seconds = (finished - started).total_seconds()
-    return Trained(config, written, tuple(steps), resumed, count, seconds, _peak(session))
+    return Trained(config, written, tuple(steps), resumed, count, seconds, _peak(session), leads)
 
 
 def joined(pipe: Any, parts: list[Part]) -> Adapter:
@@ -130,6 +135,13 @@ def _forget(config: Config) -> None:
 
     shutil.rmtree(Path(config.output.folder) / checkpoint.FOLDER, ignore_errors=True)
     (Path(config.output.folder) / loop.LOG).unlink(missing_ok=True)
+
+
+def _forget_peaks() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak(session: Session) -> int | None:

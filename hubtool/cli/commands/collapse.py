@@ -53,6 +53,9 @@ Examples:
 @click.option(
     "--search", multiple=True, type=click.Path(path_type=Path), help="Folder with adapters that a kept recipe names."
 )
+@click.option(
+    "--hash-inputs", "hashes", is_flag=True, help="Put the SHA-256 of inputs above 1 GiB into the recipe, too."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
 @click.option("--workers", type=click.IntRange(1), help="Threads; default: one a processor.")
 @force_option
@@ -72,6 +75,7 @@ def command(state: State, /, base: str, adapters: tuple[str, ...], out: Path | N
         "undo",
         "compare",
         "search",
+        "hashes",
         "force",
         "dry_run",
         "device",

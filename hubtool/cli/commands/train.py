@@ -96,6 +96,8 @@ def _run(state: State, config: Config, asked: dict[str, Any]) -> None:
             config, resume=asked["resume"], force=asked["force"], library=state.library, watch=watch,
             made=lambda: output.say("a class image was made"),
         )  # fmt: skip
+    if not done.trained.leads:
+        return
     if done.warning:
         output.complain(done.warning, "warning")
     if asked["as_json"]:

@@ -25,10 +25,10 @@ class Diffusion:
 
     def task(self, latents: Any, noise: Any, uniform: Any, normal: Any) -> Task:
         times = (uniform * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
-        kept = self.alphas[times.cpu()].to(latents.device)
-        signal, spread = (root.sqrt().to(latents.dtype).view(-1, 1, 1, 1) for root in (kept, 1.0 - kept))
+        kept = self.alphas[times.cpu()]  # fp64 stays in main memory: not every device has it
+        signal, spread = (_like(root.sqrt(), latents).view(-1, 1, 1, 1) for root in (kept, 1.0 - kept))
         target = noise if self.name == "epsilon" else signal * noise - spread * latents
-        return Task(signal * latents + spread * noise, times, target, self.weight(kept).to(latents.dtype))
+        return Task(signal * latents + spread * noise, times, target, _like(self.weight(kept), latents))
 
     def weight(self, kept: Any) -> Any:
         """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for the velocity; 1 without gamma. SNR = a / (1 - a)."""
@@ -41,3 +41,7 @@ class Diffusion:
         if self.name == "v_prediction":
             return least / (ratio + 1.0)
         return torch.where(ratio > 0, least / ratio.clamp(min=1e-20), torch.ones_like(ratio))
+
+
+def _like(values: Any, latents: Any) -> Any:
+    return values.to(latents.dtype).to(latents.device)

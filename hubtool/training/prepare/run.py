@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hubtool.errors import FileMissing, UsageProblem
+from hubtool.errors import FileMissing, MissingExtra, UsageProblem
 from hubtool.tensors.atomic import atomic_folder
 from hubtool.training.data import images
 from hubtool.training.data.items import Item, pillow
@@ -80,6 +80,7 @@ def prepare(
     Raises ``FileMissing`` for a folder that is not there, ``UsageProblem`` when no picture is left, ``WouldOverwrite`` for an output
     that exists, and what opening the user's models raises.
     """
+    _need_packages()
     root = Path(folder)
     if not root.is_dir():
         raise FileMissing("there is no such folder of images", path=root)
@@ -96,6 +97,13 @@ def prepare(
     if output is None:
         raise UsageProblem("no output folder is named", hint="-o DIR")
     return _written(root, Path(output), good, looks, dropped, options)
+
+
+def _need_packages() -> None:
+    from importlib.util import find_spec
+
+    if not find_spec("PIL") or not find_spec("numpy"):
+        raise MissingExtra("preparing pictures", "train")
 
 
 def _check(options: Options) -> None:

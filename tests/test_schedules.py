@@ -1,0 +1,450 @@
+"""Strengths by step and by part: against sums done by hand in fp64, and back to the same bits however the loop ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hubtool.adapters.ir import Adapter, Patch
+from hubtool.adapters.registry import make as make_patch
+from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
+from hubtool.ops import strengths as block_strengths
+from hubtool.pipelines import live, load, unload
+from hubtool.pipelines.schedule_store import TensorStore
+from hubtool.pipelines.schedules import Schedule, cosine, linear, phases, scheduled
+from tests.support import tiny
+
+STEPS = 4
+Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+UP_Q = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+FF = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return tiny.build("sd1")
+
+
+def rand(*shape: int, seed: int = 7) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * 0.3
+
+
+def patch(algorithm: str, tensors: dict[str, torch.Tensor], alpha: float | None = None) -> Patch:
+    return make_patch(algorithm, {role: tiny.literal(tensor) for role, tensor in tensors.items()}, alpha)
+
+
+HADA = {
+    f"hada_w{i}_{side}": rand(16, 2, seed=i) if side == "a" else rand(2, 16, seed=i) for i in (1, 2) for side in "ab"
+}
+
+
+def loha() -> Adapter:
+    return Adapter(None, {("unet", Q): patch("loha", HADA)})
+
+
+def run(pipe: Any, steps: int = STEPS, **how: Any) -> torch.Tensor:
+    inputs: dict[str, Any] = {"prompt": "a cat"}
+    if hasattr(pipe, "transformer"):
+        inputs = {"prompt_embeds": rand(1, 6, 12), "pooled_prompt_embeds": rand(1, 8)}
+    noise = torch.Generator().manual_seed(0)
+    options = {"height": 64, "width": 64, "generator": noise, "output_type": "latent", "num_inference_steps": steps}
+    return pipe(**inputs, **options, **how).images
+
+
+def denoiser(pipe: Any) -> Any:
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+def watched(pipe: Any, look: Callable[[], Any], **how: Any) -> list[Any]:
+    """What ``look`` sees each time the denoiser runs."""
+    seen: list[Any] = []
+    handle = denoiser(pipe).register_forward_pre_hook(lambda *_: seen.append(look()))
+    try:
+        run(pipe, **how)
+    finally:
+        handle.remove()
+    return seen
+
+
+def weight(pipe: Any, path: str = Q, parameter: str = "weight") -> torch.Tensor:
+    return getattr(denoiser(pipe).get_submodule(path), parameter).detach().clone()
+
+
+def flux() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = tiny.build("flux1")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], str, Sequence[str]]] = {
+    "sd1": (lambda: tiny.build("sd1"), "unet", ("attn", "conv1")),
+    "sdxl": (lambda: tiny.build("sdxl"), "unet", ("attn2.to_k", "ff.net")),
+    "flux": (flux, "transformer", ("attn.to_q", "proj_out")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_is_what_the_formula_says_at_every_step(family: str, dtype: torch.dtype) -> None:
+    build, component, (first, second) = FAMILIES[family]
+    pipe = build()
+    one = tiny.make(pipe, [component], only=first, alphas=(2.0,))
+    two = tiny.make(pipe, [component], only=second, ranks=(3, 2), seed=5)
+    three = tiny.make(pipe, [component], only=first, seed=9)
+    if dtype == torch.float64 and family == "flux":
+        pytest.skip("the rotary positions of diffusers are fp32")
+    pipe.to(dtype)
+    before = tiny.weights(pipe)
+    curves = {"one": [1.0, -0.5, 0.25, 0.0], "two": [0.8, 0.8, 0.1, 0.1], "three": [0.0, 0.1, 0.2, 0.3]}
+    made = {"one": one, "two": two, "three": three}
+    pairs = [(made[name].adapter, curve) for name, curve in curves.items()]
+    with scheduled(pipe, pairs, steps=STEPS):
+        seen = watched(pipe, lambda: tiny.weights(pipe)[component])
+    assert len(seen) == STEPS
+    for step, state in enumerate(seen):
+        for name, value in state.items():
+            key, old = (component, name.removesuffix(".weight")), before[component][name]
+            expected = old.double().flatten(1) if old.dim() > 1 else old.double()
+            for who, curve in curves.items():
+                if name.endswith(".weight") and key in made[who].factors:
+                    expected = expected + made[who].delta(key, curve[step])
+            close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
+            torch.testing.assert_close(value.double(), expected.reshape(old.shape), **close)
+    assert tiny.same(tiny.weights(pipe), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_constant_schedule_makes_the_picture_of_a_loaded_adapter_and_never_swaps(family: str) -> None:
+    build, component, (first, _) = FAMILIES[family]
+    pipe, other = build(), build()
+    made = tiny.make(pipe, [component], only=first)
+    plain = run(pipe)
+    load(other, made.adapter, strength=0.6, collapse=True)
+    with scheduled(pipe, [(made.adapter, 0.6)], steps=STEPS) as composition:
+        torch.testing.assert_close(run(pipe), run(other), rtol=1e-4, atol=1e-4)
+        run(pipe)
+        assert composition.swaps == 1
+        assert composition.store.used == 0
+    assert torch.equal(run(pipe), plain)
+
+
+def test_two_phases_swap_once_a_run_and_compute_each_weight_once(pipe: Any) -> None:
+    made = tiny.make(pipe, ["unet"], only="attn")
+    with scheduled(pipe, [(made.adapter, phases({0.0: 0.9, 0.5: 0.3}))], steps=STEPS) as composition:
+        run(pipe)
+        assert composition.swaps == 2
+        computed, picture = composition.store.made, run(pipe)
+        assert composition.store.made == computed == 2 * len(made.factors)
+        assert torch.equal(run(pipe), picture)
+
+
+def test_steps_without_any_strength_point_to_the_original_itself(pipe: Any) -> None:
+    made, original = tiny.make(pipe, ["unet"], only="attn"), pipe.unet.get_submodule(Q).weight.data_ptr()
+    with scheduled(pipe, [(made.adapter, [1.0, 0.0, 0.0, 1.0])], steps=STEPS):
+        seen = watched(pipe, lambda: pipe.unet.get_submodule(Q).weight.data_ptr() == original)
+    assert seen == [False, True, True, False]
+    assert pipe.unet.get_submodule(Q).weight.data_ptr() == original
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 1 << 30])
+def test_the_cache_keeps_its_bound_and_the_picture_does_not_depend_on_it(limit: int) -> None:
+    pipe = tiny.build("sd1")
+    pairs = [(tiny.make(pipe, ["unet"], only="attn1").adapter, linear(1.0, 0.1)), (loha(), cosine(0.0, 1.0))]
+    with scheduled(pipe, pairs, steps=STEPS) as composition:
+        expected = run(pipe)
+    with scheduled(pipe, pairs, steps=STEPS, cache_bytes=limit) as composition:
+        assert torch.equal(run(pipe), expected)
+        assert composition.store.used <= limit
+
+
+def test_the_store_keeps_what_came_first() -> None:
+    store, four = TensorStore(40), lambda: torch.zeros(4)
+    first = store.get("a", four)
+    store.get("b", four)
+    third = store.get("c", four)
+    assert store.used == 32
+    assert store.get("a", four) is first
+    assert store.get("c", four) is not third
+    assert store.made == 4
+    store.clear()
+    assert store.used == 0
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("when", [0, 2])
+def test_every_bit_returns_when_a_run_breaks_off(pipe: Any, error: type[BaseException], when: int) -> None:
+    before, plain, methods = tiny.weights(pipe), run(pipe), dict(vars(pipe.scheduler))
+
+    def fail(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        if step == when:
+            raise error
+        return {}
+
+    pairs = [(tiny.make(pipe).adapter, linear(1.0, 0.0)), (loha(), 0.5)]
+    with pytest.raises(error), scheduled(pipe, pairs, steps=STEPS):
+        run(pipe, callback_on_step_end=fail)
+    assert tiny.same(tiny.weights(pipe), before)
+    assert vars(pipe.scheduler).keys() == methods.keys()
+    assert torch.equal(run(pipe), plain)
+
+
+def test_every_bit_returns_when_a_swap_is_interrupted_and_the_return_as_well(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubtool.pipelines.composition import Weight
+
+    before, calls = tiny.weights(pipe), []
+    point = Weight._point
+
+    def interrupted(self: Weight, value: Any) -> None:
+        calls.append(self.key)
+        if len(calls) in (40, 50):  # in the third swap of 16 weights, and while they all return
+            raise KeyboardInterrupt
+        point(self, value)
+
+    monkeypatch.setattr(Weight, "_point", interrupted)
+    made = tiny.make(pipe, ["unet"], only="attn1.to_q")
+    with pytest.raises(KeyboardInterrupt), scheduled(pipe, [(made.adapter, linear(1.0, 0.0))], steps=STEPS):
+        run(pipe)
+    assert (len(made.factors), len(calls)) == (16, 50 + 16)
+    assert tiny.same(tiny.weights(pipe), before)
+
+
+def test_strengths_that_overflow_are_refused_and_leave_nothing(pipe: Any) -> None:
+    before = tiny.weights(pipe)
+    adapter = Adapter(None, {("unet", Q): patch("full", {"diff": torch.full((16, 16), 3e38)})})
+    pairs = [(tiny.make(pipe, ["unet"], only="attn2").adapter, 1.0), (adapter, 10.0)]
+    with (
+        pytest.raises(BadValues, match=r"unet\..*attn1.to_q.weight holds NaN or infinity"),
+        scheduled(pipe, pairs, steps=2),
+    ):
+        pass
+    assert tiny.same(tiny.weights(pipe), before)
+    with scheduled(pipe, pairs[:1], steps=2):
+        pass
+
+
+def test_parts_have_their_own_factors_and_curves(pipe: Any) -> None:
+    made, old = tiny.make(pipe, ["unet"]), {path: weight(pipe, path).double() for path in (Q, UP_Q, FF)}
+    parts = {"unet": 0.5, "unet:up_blocks": linear(0.0, 1.0), "*.ff.net.*": [1.0, 0.0, -1.0, 2.0]}
+    with scheduled(pipe, [(made.adapter, Schedule([1.0, 1.0, 2.0, 2.0], parts))], steps=STEPS):
+        seen = watched(pipe, lambda: {path: weight(pipe, path) for path in old})
+    factors = {Q: [0.5, 0.5, 1, 1], UP_Q: [0, 1 / 3, 4 / 3, 2], FF: [1, 0, -2, 4]}
+    for step, state in enumerate(seen):
+        for path, value in state.items():
+            expected = old[path] + made.delta(("unet", path), factors[path][step])
+            torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_block_strengths_serve_as_parts(pipe: Any) -> None:
+    made, old = tiny.make(pipe, ["unet"], only="attn1.to_q"), weight(pipe)
+    blocks = block_strengths.parse(["unet:up_blocks.*=0.25", "unet:down_blocks.*=0"])
+    other = weight(pipe, UP_Q)
+    with scheduled(pipe, [(made.adapter, Schedule(2.0, blocks.of))], steps=1):
+        assert torch.equal(weight(pipe), old)
+        expected = other.double() + made.delta(("unet", UP_Q), 0.5)
+        torch.testing.assert_close(weight(pipe, UP_Q).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_text_encoders_keep_the_strength_of_the_first_step(pipe: Any) -> None:
+    made, path = tiny.make(pipe, ["text_encoder"], only="q_proj"), "encoder.layers.0.self_attn.q_proj"
+    old = pipe.text_encoder.get_submodule(path).weight.detach().clone()
+    with scheduled(pipe, [(made.adapter, linear(0.5, 0.0))], steps=STEPS) as composition:
+        run(pipe)
+        expected = old.double() + made.delta(("text_encoder", path), 0.5)
+        now = pipe.text_encoder.get_submodule(path).weight
+        torch.testing.assert_close(now.double(), expected, rtol=2e-6, atol=2e-6)
+        assert composition.swaps == 1
+
+
+def test_a_loaded_layer_follows_its_schedule_and_gets_its_strength_back(pipe: Any) -> None:
+    made, other = tiny.make(pipe, ["unet"], only="attn", alphas=(2.0,)), tiny.build("sd1")
+    load(pipe, made.adapter, name="style", strength=0.7)
+    before = run(pipe)
+    with scheduled(pipe, {"style": [1.0, 0.5, 0.0, -1.0]}, steps=STEPS):
+        picture = run(pipe)
+    with scheduled(other, [(made.adapter, [1.0, 0.5, 0.0, -1.0])], steps=STEPS):
+        torch.testing.assert_close(picture, run(other), rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(pipe), before)
+    for _, layer in live.layers(pipe.unet):
+        layer.set_adapter([])
+    with pytest.raises(UsageProblem, match="not active"), scheduled(pipe, {"style": 1.0}, steps=2):
+        pass
+
+
+def test_a_collapsed_adapter_follows_its_schedule_beside_others_that_stay(pipe: Any) -> None:
+    base, before = weight(pipe).double(), tiny.weights(pipe)
+    made, fixed = tiny.make(pipe, ["unet"], only="attn1"), tiny.make(pipe, ["unet"], only="attn1", seed=4)
+    load(pipe, loha(), name="hada", strength=0.7)
+    load(pipe, fixed.adapter, name="fixed", strength=0.2, collapse=True)
+    loaded = tiny.weights(pipe)
+    change = (HADA["hada_w1_a"].double() @ HADA["hada_w1_b"].double()) * (
+        HADA["hada_w2_a"].double() @ HADA["hada_w2_b"].double()
+    )
+    curve = [0.7, -1.0, 0.0, 2.0]
+    with scheduled(pipe, [("hada", curve), (made.adapter, linear(0.0, 3.0))], steps=STEPS):
+        seen = watched(pipe, lambda: weight(pipe))
+    for step, value in enumerate(seen):
+        expected = base + curve[step] * change + made.delta(("unet", Q), step) + fixed.delta(("unet", Q), 0.2)
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=4e-6)
+    assert tiny.same(tiny.weights(pipe), loaded)
+    unload(pipe, "hada")
+    unload(pipe, "fixed")
+    assert tiny.same(tiny.weights(pipe), before)
+
+
+KINDS: dict[str, tuple[str, str, dict[str, torch.Tensor], float | None]] = {
+    "LoKr": ("lokr", FF, {"lokr_w1": rand(4, 2), "lokr_w2": rand(4, 32)}, None),
+    "IA3": ("ia3", FF, {"ia3": rand(16, 1), "on_input": torch.tensor(False)}, None),
+    "OFT": ("oft", Q, {"oft_blocks": rand(4, 4, 4)}, 0.0),
+    "GLoRA": ("glora", Q, {"a1": rand(16, 2), "a2": rand(2, 16, seed=9), "b1": rand(16, 2, seed=3), "b2": rand(2, 16, seed=5)}, 2.0),
+    "DoRA by output": ("lora", Q, {"up": rand(16, 2), "down": rand(2, 16), "dora_scale": rand(16, 1).abs() + 0.5}, 1.0),
+    "DoRA by input": ("lora", Q, {"up": rand(16, 2), "down": rand(2, 16), "dora_scale": rand(1, 16).abs() + 0.5}, 1.0),
+    "full with a bias": ("full", FF, {"diff": rand(16, 64), "diff_b": rand(16)}, None),
+    "a bias where there was none": ("lora", Q, {"up": rand(16, 2), "down": rand(2, 16), "bias": rand(16)}, 1.0),
+    "norm": ("norm", "conv_norm_out", {"w_norm": rand(16)}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_without_layers_change_by_their_own_rule(pipe: Any, kind: str) -> None:
+    algorithm, path, tensors, alpha = KINDS[kind]
+    own, names = patch(algorithm, tensors, alpha), list(pipe.unet.state_dict())
+    old, before = weight(pipe, path), tiny.weights(pipe)
+    with scheduled(pipe, [(Adapter(None, {("unet", path): own}), [1.0, 0.3, 0.0, -0.5])], steps=STEPS):
+        seen = watched(pipe, lambda: (weight(pipe, path), pipe.unet.get_submodule(path).bias))
+        for strength, (value, bias) in zip([1.0, 0.3, 0.0, -0.5], seen, strict=True):
+            expected = old.double() + strength * own.delta(old).double().reshape(old.shape)
+            torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6)
+            assert (bias is None) == (path == Q and "bias" not in kind)
+    assert tiny.same(tiny.weights(pipe), before)
+    assert list(pipe.unet.state_dict()) == names
+
+
+def test_a_bias_follows_too(pipe: Any) -> None:
+    old, change = weight(pipe, FF, "bias"), rand(16)
+    adapter = Adapter(None, {("unet", FF): patch("full", {"diff_b": change})})
+    with scheduled(pipe, [(adapter, [2.0, -1.0])], steps=2):
+        seen = watched(pipe, lambda: weight(pipe, FF, "bias"), steps=2)
+    torch.testing.assert_close(torch.stack(seen), torch.stack([old + 2 * change, old - change]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_summed_in_fp32_and_rounded_once(pipe: Any, dtype: torch.dtype) -> None:
+    pipe.unet.to(dtype)
+    one, two = (tiny.make(pipe, ["unet"], only=Q, seed=seed) for seed in (1, 2))
+    old, before = weight(pipe).double(), tiny.weights(pipe)
+    with scheduled(pipe, [(one.adapter, 0.7), (two.adapter, [1.0, -0.3])], steps=2) as composition:
+        for step, strength in enumerate([1.0, -0.3]):
+            composition.at(step)
+            exact = (old + one.delta(("unet", Q), 0.7) + two.delta(("unet", Q), strength)).to(dtype)
+            assert (weight(pipe) == exact).float().mean() > 0.98
+    assert tiny.same(tiny.weights(pipe), before)
+
+
+def test_a_pipeline_that_is_cast_inside_gets_its_own_weights_back_in_the_new_dtype(pipe: Any) -> None:
+    old = weight(pipe)
+    with scheduled(pipe, [(tiny.make(pipe, ["unet"], only="attn").adapter, [1.0, 0.5])], steps=2) as composition:
+        pipe.unet.half()
+        composition.at(1)
+        assert weight(pipe).dtype == torch.float16
+    assert torch.equal(weight(pipe), old.half())
+
+
+def test_a_solver_of_second_order_stays_in_its_step(pipe: Any) -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    made, steps = tiny.make(pipe, ["unet"], only=Q), []
+    with scheduled(pipe, [(made.adapter, [1.0, 2.0, 3.0])], steps=3) as composition:
+        steps = watched(pipe, lambda: composition.now, steps=3)
+    assert steps == [0, 1, 1, 2, 2]
+
+
+def test_a_file_is_read_once_and_may_go(pipe: Any, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    path = tmp_path / "style.safetensors"
+    up, down = rand(16, 2), rand(2, 16)
+    safetensors.torch.save_file({f"unet.{Q}.lora_B.weight": up, f"unet.{Q}.lora_A.weight": down}, path)
+    old = weight(pipe).double()
+    with scheduled(pipe, {path: linear(0.0, 1.0)}, steps=STEPS):
+        path.unlink()
+        seen = watched(pipe, lambda: weight(pipe))
+    torch.testing.assert_close(seen[-1].double(), old + up.double() @ down.double(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        (linear(1.0, 0.0), [1, 0.75, 0.5, 0.25, 0]),
+        (cosine(1.0, 0.0), [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0]),
+        (phases({0.0: 1.0, 0.4: 0.5, 0.8: 0.0}), [1, 1, 0.5, 0.5, 0]),
+        (phases({0.5: 1.0}), [0, 0, 1, 1, 1]),
+    ],
+)
+def test_curves(curve: Callable[[int, int], float], expected: list[float]) -> None:
+    assert [curve(step, 5) for step in range(5)] == pytest.approx(expected)
+
+
+def test_a_single_step_is_the_first() -> None:
+    assert (linear(0.3, 1.0)(0, 1), cosine(0.3, 1.0)(0, 1)) == (0.3, 0.3)
+
+
+def test_what_makes_no_sense_is_refused_before_anything_changes(pipe: Any) -> None:
+    before, adapter = tiny.weights(pipe), tiny.make(pipe, ["unet"], only="attn").adapter
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ([(adapter, [1.0, 2.0])], UsageProblem, "2 strengths for 4 steps"),
+        ([(adapter, lambda step, _: 1 / (3 - step) if step < 3 else math.inf)], BadValues, "inf is no number"),
+        ([(adapter, Schedule(1.0, {"unet:upblocks": 0.5}))], UsageProblem, "answers to unet:upblocks"),
+        ([(Adapter("sdxl", adapter.patches), 1.0)], LoadMismatch, "is for sdxl"),
+        ([(Adapter(None, {}, (tiny.embedding("cat", 32),)), 1.0)], Unsupported, "token embeddings"),
+    ]
+    for pairs, error, words in wrong:
+        with pytest.raises(error, match=words), scheduled(pipe, pairs, steps=STEPS):
+            pass
+    with pytest.raises(UsageProblem, match="0 steps"), scheduled(pipe, {}, steps=0):
+        pass
+    with pytest.raises(UsageProblem, match="shares of the steps"):
+        phases({1.0: 0.5})
+    assert tiny.same(tiny.weights(pipe), before)
+
+
+def test_one_schedule_at_a_time(pipe: Any) -> None:
+    adapter = tiny.make(pipe, ["unet"], only="attn").adapter
+    with scheduled(pipe, [(adapter, 1.0)], steps=2):
+        with (
+            pytest.raises(UsageProblem, match="follows a schedule already"),
+            scheduled(pipe, [(adapter, 1.0)], steps=2),
+        ):
+            pass
+        assert not torch.equal(weight(pipe), weight(tiny.build("sd1")))
+    assert torch.equal(weight(pipe), weight(tiny.build("sd1")))
+
+
+def test_a_pipeline_without_a_scheduler_is_stepped_by_hand() -> None:
+    pipe = tiny.build("flux1")
+    made, path = tiny.make(pipe, ["transformer"], only="attn.to_q"), "transformer_blocks.0.attn.to_q"
+    old = weight(pipe, path).double()
+    with scheduled(pipe, [(made.adapter, lambda step, steps: step / steps)], steps=STEPS) as composition:
+        for step in range(STEPS):
+            composition.at(step)
+            expected = old + made.delta(("transformer", path), step / STEPS)
+            torch.testing.assert_close(weight(pipe, path).double(), expected, rtol=2e-6, atol=2e-6)
