@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from hubtool.actions.generate import Generated, Options, generate, pipeline
 from hubtool.actions.load import unload
 from hubtool.cli.main import cli
-from hubtool.errors import CorruptFile, LoadMismatch, NotFound, Unsupported, UsageProblem, WouldOverwrite
+from hubtool.errors import BadValues, CorruptFile, LoadMismatch, NotFound, Unsupported, UsageProblem, WouldOverwrite
 from hubtool.pipelines import opening, pictures
 from hubtool.pipelines.generating import SCHEDULERS, Request
 from tests.support import adapters, checkpoints, tiny
@@ -136,6 +136,14 @@ def test_an_error_on_the_way_leaves_the_pipeline_as_it_was(pipe: Any, style: Pat
         generate(pipe, [style], REQUEST, tmp_path / "out.png", watch=stop)
     assert tiny.same(before, tiny.weights(pipe))
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_picture_of_nan_is_an_error_and_no_black_picture(pipe: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(BadValues, match="NaN"):
+        made(pipe, [], tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_pipeline_has_its_adapters_and_loses_them_again(base: Path, style: Path) -> None:

@@ -168,6 +168,15 @@ def test_the_cache_keeps_its_bound_and_the_picture_does_not_depend_on_it(limit: 
     with scheduled(pipe, pairs, steps=STEPS, cache_bytes=limit) as composition:
         assert torch.equal(run(pipe), expected)
         assert composition.store.used <= limit
+        assert (composition.store.used > 0) == (limit > 1000)
+
+
+def test_deltas_use_the_room_that_is_too_small_for_all_composed_weights(pipe: Any) -> None:
+    delta = 16 * 16 * 4
+    with scheduled(pipe, [(loha(), linear(1.0, 0.1))], steps=STEPS, cache_bytes=2 * delta) as composition:
+        run(pipe)
+        run(pipe)
+        assert (composition.store.made, composition.store.used) == (1, delta)
 
 
 def test_the_store_keeps_what_came_first() -> None:
@@ -415,6 +424,7 @@ def test_what_makes_no_sense_is_refused_before_anything_changes(pipe: Any) -> No
         ([(adapter, lambda step, _: 1 / (3 - step) if step < 3 else math.inf)], BadValues, "inf is no number"),
         ([(adapter, Schedule(1.0, {"unet:upblocks": 0.5}))], UsageProblem, "answers to unet:upblocks"),
         ([(Adapter("sdxl", adapter.patches), 1.0)], LoadMismatch, "is for sdxl"),
+        ([("a.safetensors", 1.0), ("a.safetensors", 0.5)], UsageProblem, "a.safetensors has two schedules"),
         ([(Adapter(None, {}, (tiny.embedding("cat", 32),)), 1.0)], Unsupported, "token embeddings"),
     ]
     for pairs, error, words in wrong:

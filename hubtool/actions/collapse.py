@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubtool.actions.late_hashes import LateHashes
+from hubtool.actions.outcome import recorded
 from hubtool.actions.recipe import RunOptions, fingerprint, locate, resolve
 from hubtool.actions.where import library_exists
-from hubtool.errors import NotFound, RegistryError, UsageProblem
+from hubtool.errors import NotFound, UsageProblem
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
 from hubtool.ops import collapse as ops
@@ -226,18 +227,10 @@ def _checked(done: Collapsed, base: ops.Base, job: _Job) -> Collapsed:
 
 
 def _record(job: _Job, recipe: Callable[[], bytes]) -> str | None:
-    """Lineage, where an input is in the library; the output stands whatever happens here, so a busy library is only told."""
-    if not library_exists(job.options.library) or job.output is None:
+    if job.output is None or not library_exists(job.options.library):
         return None
-    from hubtool.actions.library import record_conversion
-
-    try:
-        record_conversion(
-            job.options.library, job.output, [job.file.path, *job.paths], "collapse", {"recipe": json.loads(recipe())}
-        )
-    except RegistryError as error:
-        return f"lineage was not recorded: {error.message}"
-    return None
+    inputs = [job.file.path, *job.paths]
+    return recorded(job.options.library, job.output, inputs, "collapse", {"recipe": json.loads(recipe())})
 
 
 def run_recipe(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.actions.outcome import recorded
 from hubtool.actions.where import library_exists
-from hubtool.errors import LossyConversion, RegistryError, UsageProblem
+from hubtool.errors import LossyConversion, UsageProblem
 from hubtool.formats import TensorFile, open_file
 from hubtool.ops import convert as ops
 from hubtool.ops.convert import SUFFIXES, Target
@@ -112,13 +113,7 @@ def _record(made: Plan, output: Path, library: str | None) -> str | None:
     """Record lineage when the source is in the library; the output stands whatever happens here, so a busy library is only told."""
     if not library_exists(library):
         return None
-    from hubtool.actions.library import record_conversion
-
     params: dict[str, Any] = {"layout": made.layout, "format": made.format, "fidelity": made.fidelity}
     params |= {"promoted": len(made.promotions)} if made.promotions else {}
     params |= {"repaired": [name for name, _ in made.repair.rules]} if made.repair else {}
-    try:
-        record_conversion(library, output, [made.source], "convert", params)
-    except RegistryError as error:
-        return f"lineage was not recorded: {error.message}"
-    return None
+    return recorded(library, output, [made.source], "convert", params)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
-from hubtool.actions.where import library_exists
-from hubtool.errors import LossyConversion, RegistryError, UsageProblem, WouldOverwrite
+from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.formats import TensorFile, open_file
 from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
@@ -85,7 +85,7 @@ def extract(
     with Scratch(output.parent) as scratch:
         plan, report = planning.extract(task, scratch, progress)
         if plan.losses and not options.allow_loss:
-            raise _lossy(plan, output)
+            raise lossy(plan, output)
         recipe = recipe_of(task)
         parents = [Parent.of(file, hashes.of(file.path)) for file in files]
         plan = stamp(plan, recipe, parents)
@@ -105,13 +105,6 @@ def _check_output(output: Path, inputs: tuple[TensorFile, ...], force: bool) -> 
         raise UsageProblem("the output is an input", path=output, hint="choose another name")
     if os.path.lexists(output) and (output.is_dir() or not force):
         raise WouldOverwrite("the output already exists", path=output, hint="choose another name, or add --force")
-
-
-def _lossy(plan: Plan, output: Path) -> LossyConversion:
-    first = plan.losses[0]
-    more = f" (and {len(plan.losses) - 1} more)" if len(plan.losses) > 1 else ""
-    text = f"layout {plan.layout} has no place for {first.what}: {first.reason}{more}"
-    return LossyConversion(text, path=output, hint="choose another --layout, or accept it with --allow-loss")
 
 
 def recipe_of(task: Task) -> Recipe:
@@ -147,13 +140,4 @@ def run_recipe(
 
 
 def _record(output: Path, files: tuple[TensorFile, ...], request: Request, library: str | None) -> str | None:
-    """Record lineage when an input is in the library; the output stands whatever happens here, so a busy library is only told."""
-    if not library_exists(library):
-        return None
-    from hubtool.actions.library import record_conversion
-
-    try:
-        record_conversion(library, output, [file.path for file in files], "extract", request.parameters())
-    except RegistryError as error:
-        return f"lineage was not recorded: {error.message}"
-    return None
+    return recorded(library, output, [file.path for file in files], "extract", request.parameters())

@@ -120,7 +120,7 @@ def _opened(found: Ready, device: str, dtype: str, config_from: Path | None) -> 
     if found.pipe is not None:
         return found.pipe
     where, precision = opening.place(device, dtype)
-    return opening.opened(found.source, precision, config_from=config_from).to(where)
+    return opening.opened(found.source, precision, device=where, config_from=config_from)
 
 
 def _settled(recipe: Recipe, pipe: Any) -> Recipe:

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from hubtool.actions.late_hashes import LateHashes
+from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import RunOptions, locate
-from hubtool.actions.where import library_exists
-from hubtool.errors import LossyConversion, RegistryError, UsageProblem, WouldOverwrite
+from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
 from hubtool.layouts.identify import identify
@@ -290,7 +290,7 @@ def _one(job: _Job, planned: Planned, output: Path | None, progress: Progress | 
     made, report = planned
     options = job.options
     if made.losses and not options.allow_loss:
-        raise _lossy(made)
+        raise lossy(made)
     recipe = _recipe(job, made)
     if options.dry_run or output is None:
         return Merged(job.kind, made, report, None, made.bytes_out, recipe)
@@ -300,13 +300,6 @@ def _one(job: _Job, planned: Planned, output: Path | None, progress: Progress | 
         stamped, output, force=options.force, progress=progress, workers=options.workers, device=options.device, late=late.complete
     )  # fmt: skip
     return Merged(job.kind, stamped, report, output, size, recipe, _record(job, recipe, output))
-
-
-def _lossy(made: Plan) -> LossyConversion:
-    first = made.losses[0]
-    more = f" (and {len(made.losses) - 1} more)" if len(made.losses) > 1 else ""
-    text = f"layout {made.layout} has no place for {first.what}: {first.reason}{more}"
-    return LossyConversion(text, hint="choose another --layout, or accept it with --allow-loss")
 
 
 def _late(job: _Job) -> LateHashes:
@@ -348,18 +341,9 @@ def _recipe(job: _Job, made: Plan) -> Recipe:
 
 
 def _record(job: _Job, recipe: Recipe, output: Path) -> str | None:
-    """Lineage, where an input is in the library; the output stands whatever happens here, so a busy library is only told."""
-    if not library_exists(job.options.library):
-        return None
-    from hubtool.actions.library import record_conversion
-
-    try:
-        record_conversion(
-            job.options.library, output, [file.path for file in job.files], "merge", {"recipe": recipe.to_json()}
-        )
-    except RegistryError as error:
-        return f"lineage was not recorded: {error.message}"
-    return None
+    return recorded(
+        job.options.library, output, [file.path for file in job.files], "merge", {"recipe": recipe.to_json()}
+    )
 
 
 def run_recipe(

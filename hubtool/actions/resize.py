@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
-from hubtool.actions.where import library_exists
-from hubtool.errors import LossyConversion, RegistryError, UsageProblem
+from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
@@ -73,7 +73,7 @@ def resize(
     request = _with_format(request, output)
     plan, report = ops.plan(open_file(path), request)
     if plan.losses and not options.allow_loss:
-        raise _lossy(plan, path)
+        raise lossy(plan, path)
     if hashes is None or output is None:
         return Resized(plan, report, None, plan.bytes_out)
     import torch  # noqa: F401  it takes a second to load; the hash is taken meanwhile
@@ -89,13 +89,6 @@ def _with_format(request: Request, output: str | Path | None) -> Request:
     if request.format is not None or output is None:
         return request
     return replace(request, format=SUFFIXES.get(Path(output).suffix.lower()))
-
-
-def _lossy(plan: Plan, path: Path) -> LossyConversion:
-    first = plan.losses[0]
-    more = f" (and {len(plan.losses) - 1} more)" if len(plan.losses) > 1 else ""
-    text = f"layout {plan.layout} has no place for {first.what}: {first.reason}{more}"
-    return LossyConversion(text, path=path, hint="choose another --layout, or accept it with --allow-loss")
 
 
 def recipe_of(path: Path, request: Request, plan: Plan) -> Recipe:
@@ -143,13 +136,4 @@ def run_recipe(
 
 
 def _record(path: Path, output: Path, request: Request, library: str | None) -> str | None:
-    """Lineage, where the input is in the library; the output stands whatever happens here, so a busy library is only told."""
-    if not library_exists(library):
-        return None
-    from hubtool.actions.library import record_conversion
-
-    try:
-        record_conversion(library, output, [path], "resize", request.budget.to_json())
-    except RegistryError as error:
-        return f"lineage was not recorded: {error.message}"
-    return None
+    return recorded(library, output, [path], "resize", request.budget.to_json())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hubtool.actions.outcome import recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
-from hubtool.actions.where import library_exists
-from hubtool.errors import LossyConversion, RegistryError, UsageProblem
+from hubtool.errors import LossyConversion, UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
@@ -107,13 +107,4 @@ def run_recipe(
 
 
 def _record(output: Path, source: Path, request: Request, library: str | None) -> str | None:
-    """Record lineage when the source is in the library; the output stands whatever happens here, so a busy library is only told."""
-    if not library_exists(library):
-        return None
-    from hubtool.actions.library import record_conversion
-
-    try:
-        record_conversion(library, output, [source], "strip", request.parameters())
-    except RegistryError as error:
-        return f"lineage was not recorded: {error.message}"
-    return None
+    return recorded(library, output, [source], "strip", request.parameters())

@@ -72,8 +72,9 @@ class Component:
 class Weight:
     """One parameter of ``owner``. ``shares``: all that changes it; ``rest``: their strengths inside ``original``, the tensor it had on entry.
 
-    ``absent``: the module had no such parameter; ``varies``: some composed tensor is needed more than once; ``joined``: numbers of
-    the shares that are one product of two factors; ``now``: the strengths the parameter has at this moment.
+    ``absent``: the module had no such parameter; ``varies``: tensors are needed more than once; ``whole``: the cache has room for every
+    composed tensor of the pipeline; ``joined``: numbers of the shares that are one product of two factors; ``now``: the strengths that
+    the parameter has at this moment.
     """
 
     component: Component
@@ -85,6 +86,7 @@ class Weight:
     original: Any
     absent: bool
     varies: bool = False
+    whole: bool = False
     joined: tuple[int, ...] = ()
     now: State | None = None
     checked: set[State] = field(default_factory=set)
@@ -93,6 +95,10 @@ class Weight:
     def __post_init__(self) -> None:
         self.varies = len(set(self.states)) > 1
         self.joined = tuple(index for index, share in enumerate(self.shares) if self._joins(share))
+
+    def size(self) -> int:
+        """Bytes of all its composed tensors that are needed more than once."""
+        return len({*self.states} - {self.rest}) * self.original.nbytes if self.varies else 0
 
     def put(self, step: int) -> None:
         state = self.states[step]
@@ -128,7 +134,7 @@ class Weight:
 
     def _composed(self, state: State) -> Any:
         held = self._held()
-        if not self.varies:
+        if not (self.varies and self.whole):
             return self._checked(state, held)
         name = (id(self), state, held.device, held.dtype)
         return self.component.store.get(name, lambda: self._checked(state, held))
@@ -178,7 +184,7 @@ class Weight:
         """The strength of every joined rank."""
         import torch
 
-        ranks = tuple((state[index], self.shares[index].patch.rank) for index in self.joined)
+        ranks = tuple((state[index], self.shares[index].patch.rank or 0) for index in self.joined)
         name = (ranks, total.device, total.dtype)
         if name not in self.component.gates:
             spread = [strength for strength, rank in ranks for _ in range(rank)]
@@ -190,7 +196,7 @@ class Weight:
             return self._change(share).to(total)
 
         name = (id(self), id(share), total.device, total.dtype)
-        return self.component.store.get(name, make) if self.varies else make()
+        return self.component.store.get(name, make) if self.varies and not self.whole else make()
 
     def _change(self, share: Share) -> Any:
         """What ``share`` adds at strength 1, in main memory."""
@@ -240,9 +246,17 @@ class Composition:
 
 
 def compose(slots: Iterable[Slot], steps: int, store: TensorStore) -> Composition:
-    """The slots, with equal steps found."""
-    listed, known = list(slots), {}
+    """The slots, with equal steps found.
+
+    The cache holds all composed tensors or none: a small part of them would save as small a part of the work, and what is left
+    of the room is better used for the deltas that are dear to compute.
+    """
+    listed, known = list(slots), dict[tuple[State, ...], int]()
     vectors = [known.setdefault(tuple(slot.states[step] for slot in listed), len(known)) for step in range(steps)]
+    changed = [slot for slot in listed if isinstance(slot, Weight)]
+    whole = sum(slot.size() for slot in changed) <= store.limit
+    for slot in changed:
+        slot.whole = whole
     return Composition(listed, tuple(vectors), store)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from hubtool.errors import Unsupported, UsageProblem
+from hubtool.errors import BadValues, Unsupported, UsageProblem
+from hubtool.pipelines.opening import quiet
 
 # what people call them -> class of diffusers and what differs from its defaults
 SCHEDULERS: MappingProxyType[str, tuple[str, dict[str, Any]]] = MappingProxyType({
@@ -97,11 +99,25 @@ def _batch(pipe: Any, request: Request, seeds: Sequence[int], watch: Watch) -> l
     given["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if "callback_on_step_end" in _taken(pipe):
         given["callback_on_step_end"] = _callback(watch)
-    made = pipe(**given)
+    with quiet(), _finite():
+        made = pipe(**given)
     images = getattr(made, "images", None)
     if not isinstance(images, list) or len(images) != len(seeds):
         raise Unsupported(f"a {type(pipe).__name__} makes no pictures")
     return images
+
+
+@contextmanager
+def _finite() -> Iterator[None]:
+    """A picture of NaN would be black, and numpy's warning the only trace of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        try:
+            yield
+        except RuntimeWarning:
+            hint = "fp16 overflows in some models: --dtype bf16 or fp32"
+            raise BadValues("the picture came out as NaN", hint=hint) from None
 
 
 def arguments(pipe: Any, request: Request, count: int) -> dict[str, Any]:

@@ -89,21 +89,24 @@ def _dtype(asked: str, device: str) -> str:
     return DTYPES[asked]
 
 
-def opened(base: str | Path, dtype: Any, *, config_from: Path | None = None) -> Any:
-    """The pipeline of ``base`` with its weights in ``dtype``, on the CPU.
+def opened(base: str | Path, dtype: Any, *, device: Any = "cpu", config_from: Path | None = None) -> Any:
+    """The pipeline of ``base`` with its weights in ``dtype``, on ``device``.
 
     ``base``: a folder, a single file, or a repository id (which diffusers downloads or finds in its cache). ``config_from``: for a
     single file, a diffusers folder of the same family that gives configurations, tokenizers, and components that the file lacks.
     Raises ``CorruptFile``, ``LoadMismatch`` for weights that do not fit the configurations, ``HubError``.
     """
-    path = Path(base)
-    with live.aside(), _without_bars():
-        if path.is_file():
-            return _of_file(path, dtype, config_from)
-        with _explained(base):
-            from diffusers import DiffusionPipeline
+    with live.aside(), quiet():
+        return _opened(Path(base), str(base), dtype, config_from).to(device)
 
-            return DiffusionPipeline.from_pretrained(str(base), torch_dtype=dtype)
+
+def _opened(path: Path, base: str, dtype: Any, config_from: Path | None) -> Any:
+    if path.is_file():
+        return _of_file(path, dtype, config_from)
+    with _explained(base):
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype)
 
 
 def _of_file(path: Path, dtype: Any, config_from: Path | None) -> Any:
@@ -201,14 +204,17 @@ def _explained(base: str | Path, hint: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """diffusers' own progress bars would go through the talk of the command line."""
+def quiet() -> Iterator[None]:
+    """diffusers' own progress bars and advice would go through the talk of the command line."""
     from diffusers.utils import logging
 
+    level = logging.get_verbosity()
     shown = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -10,6 +10,7 @@ the adapter count how much. The weights come back bit for bit at the end of the 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,8 @@ def scheduled(pipe: Any, schedules: Asked, *, steps: int, cache_bytes: int = CAC
     ``schedules``: what to load or what is loaded -> its schedule; pairs where the source is an ``Adapter``. A name that is loaded keeps
     its place, and its schedule stands for the strength it was loaded with; a file or an ``Adapter`` is there for the context only. Text
     encoders run before the first step and keep its strengths. Do not load, unload or change the scheduler inside.
-    ``cache_bytes``: bound of the cache of composed weights; what does not fit is composed again when its step comes.
+    ``cache_bytes``: bound of the cache, which lies where the weights lie. Composed weights that do not fit in it, all together, are
+    composed again when their step comes. ``steps``: those that really run: image-to-image leaves out the first.
 
     Yields the composition: ``at(step)`` sets the strengths by hand where a loop works without ``pipe.scheduler``. Everything is checked
     before anything changes. Raises ``UsageProblem``, ``BadValues``, ``LoadMismatch``, ``ShapeMismatch``, ``Unsupported``.
@@ -102,6 +104,7 @@ def scheduled(pipe: Any, schedules: Asked, *, steps: int, cache_bytes: int = CAC
         raise UsageProblem(f"{steps} steps")
     check_unfused(pipe)
     pairs = list(schedules.items()) if isinstance(schedules, Mapping) else list(schedules)
+    _check_once(pairs)
     store = TensorStore(cache_bytes)
     models = live.modules(pipe)
     if any(model in _BUSY for model in models.values()):
@@ -116,6 +119,13 @@ def scheduled(pipe: Any, schedules: Asked, *, steps: int, cache_bytes: int = CAC
         if getattr(pipe, "scheduler", None) is not None:
             undo.enter_context(following(pipe.scheduler, composition.at))
         yield composition
+
+
+def _check_once(pairs: Iterable[tuple[Source, ScheduleLike]]) -> None:
+    names = Counter(str(source) for source, _ in pairs if not isinstance(source, Adapter))
+    twice = [name for name, times in names.items() if times > 1]
+    if twice:
+        raise UsageProblem(f"{', '.join(twice)} has two schedules")
 
 
 def _slots(pipe: Any, pairs: Iterable[tuple[Source, ScheduleLike]], steps: int, store: TensorStore) -> Iterator[Slot]:

@@ -198,7 +198,8 @@ def _parts(recipe: Recipe) -> Iterator[str]:
 def _described(done: Generated) -> Iterator[str]:
     for path, recipe in done.outputs:
         yield f"{path}{' (dry run)' if done.dry_run else ''}"
-        yield "" if done.dry_run else f"  seed {', '.join(map(str, recipe.request.seeds))}"
+        if not done.dry_run:
+            yield f"  seed {', '.join(map(str, recipe.request.seeds))}"
     yield from (f"  {line}" for line in _parts(done.recipe))
     for load in done.loads:
         yield from (f"  {load.name}: {finding.message}" for finding in load.findings)

@@ -1,0 +1,37 @@
+"""How every verb that writes a file ends: losses are refused in one wording, lineage is recorded in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hubtool.actions.where import library_exists
+from hubtool.errors import LossyConversion, RegistryError
+from hubtool.ops.plan import Plan
+
+
+def lossy(plan: Plan, path: Path | None = None) -> LossyConversion:
+    """The refusal of a plan whose layout cannot hold everything."""
+    first = plan.losses[0]
+    more = f" (and {len(plan.losses) - 1} more)" if len(plan.losses) > 1 else ""
+    text = f"layout {plan.layout} has no place for {first.what}: {first.reason}{more}"
+    return LossyConversion(text, path=path, hint="choose another --layout, or accept it with --allow-loss")
+
+
+def recorded(
+    library: str | None, output: Path, inputs: Sequence[Path], operation: str, parameters: Mapping[str, Any]
+) -> str | None:
+    """Record lineage when an input is in the library; a warning where that failed.
+
+    The output stands whatever happens here, so a busy library is only told about.
+    """
+    if not library_exists(library):
+        return None
+    from hubtool.actions.library import record_conversion
+
+    try:
+        record_conversion(library, output, list(inputs), operation, dict(parameters))
+    except RegistryError as error:
+        return f"lineage was not recorded: {error.message}"
+    return None
