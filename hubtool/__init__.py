@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hubtool.actions.convert import convert
+    from hubtool.actions.generate import generate, pipeline
     from hubtool.actions.hub import Hub
     from hubtool.actions.inspect import inspect
     from hubtool.actions.load import load, save, unload
@@ -18,14 +19,28 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Hub", "__version__", "convert", "inspect", "load", "open_file", "save", "scan", "unload"]
+__all__ = [
+    "Hub",
+    "__version__",
+    "convert",
+    "generate",
+    "inspect",
+    "load",
+    "open_file",
+    "pipeline",
+    "save",
+    "scan",
+    "unload",
+]
 
 _HOMES = {
     "Hub": "hubtool.actions.hub",
     "convert": "hubtool.actions.convert",
+    "generate": "hubtool.actions.generate",
     "inspect": "hubtool.actions.inspect",
     "load": "hubtool.actions.load",
     "open_file": "hubtool.formats",
+    "pipeline": "hubtool.actions.generate",
     "save": "hubtool.actions.load",
     "scan": "hubtool.actions.scan",
     "unload": "hubtool.actions.load",

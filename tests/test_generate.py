@@ -209,7 +209,7 @@ def test_an_existing_picture_is_refused_before_anything_is_computed(base: Path, 
 
 def test_a_picture_keeps_its_recipe_in_both_forms(base: Path, style: Path, tmp_path: Path) -> None:
     request = Request("a cat, ähnlich", "dog", seeds=(5,), guidance=3.0, **SIZE)
-    done = made(base, [(style, 0.8)], tmp_path / "out.png", request)
+    done = made(base, [(style, 0.8), concept(tmp_path / "cat.safetensors")], tmp_path / "out.png", request)
     assert pictures.read(tmp_path / "out.png") == done.outputs[0][1]
     text = Image.open(tmp_path / "out.png").text  # type: ignore[attr-defined]
     lines = text["parameters"].splitlines()
@@ -248,6 +248,14 @@ def test_a_grid_of_strengths_holds_the_very_pictures(pipe: Any, style: Path, tmp
     assert holds(sheet, pixels(tmp_path / "style.png"))
     assert holds(sheet, pixels(tmp_path / "all.png"))
     assert done.recipe.grid == {"of": "strengths", "strengths": [0.0, 1.0]}
+
+
+def test_adapters_of_one_file_name_have_a_column_each(pipe: Any, style: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    other = lora(tmp_path / "more" / "style.safetensors", seed=2)
+    made(pipe, [style, other], tmp_path / "grid.png", grid="adapters")
+    made(pipe, [other], tmp_path / "other.png")
+    assert holds(pixels(tmp_path / "grid.png"), pixels(tmp_path / "other.png"))
 
 
 def holds(sheet: Any, cell: Any) -> bool:

@@ -249,16 +249,16 @@ def _cells(
     if not parts:
         raise UsageProblem("there is no adapter with a strength to compare")
     alone = [tuple(float(i == j) for i in range(len(parts))) for j in range(len(parts))]
-    each = {Path(part.name).stem: mask for part, mask in zip(parts, alone, strict=True)}
-    each |= {"all": (1.0,) * len(parts)} if len(parts) > 1 else {}
+    each = [(Path(part.name).stem, mask) for part, mask in zip(parts, alone, strict=True)]
+    each += [("all", (1.0,) * len(parts))] if len(parts) > 1 else []
     if isinstance(grid, str):
-        own = {"none": (0.0,) * len(parts)} | {name: _scaled(mask, parts) for name, mask in each.items()}
-        return [(f"seed {seed}", seed, list(own.values())) for seed in request.seeds], list(own)
+        own = [("none", (0.0,) * len(parts)), *((name, _scaled(mask, parts)) for name, mask in each)]
+        return [(f"seed {seed}", seed, [one for _, one in own]) for seed in request.seeds], [name for name, _ in own]
     several = len(request.seeds) > 1
     rows = [
         (f"{name}, seed {seed}" if several else name, seed, [tuple(one * value for one in mask) for value in grid])
         for seed in request.seeds
-        for name, mask in each.items()
+        for name, mask in each
     ]
     return rows, [f"{value:g}" for value in grid]
 

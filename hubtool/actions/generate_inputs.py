@@ -167,7 +167,7 @@ def _adapter(ref: str | Path, strength: float, families: tuple[str, ...], librar
     if found.kind != "textual_inversion" and families and fits and not {*families} & {*fits}:
         raise LoadMismatch(f"the adapter is for {' or '.join(fits)}, the base is {' or '.join(families)}", path=path)
     fixed = found.kind in ("textual_inversion", "null_text", "aesthetic_embedding")
-    return Chosen(Part(path.resolve().name, fingerprint(path), found.family, strength), path, fixed)
+    return Chosen(Part(path.resolve().name, fingerprint(path), found.family, found.kind, strength), path, fixed)
 
 
 def _negative(chosen: Chosen) -> Chosen:

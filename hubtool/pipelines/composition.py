@@ -201,7 +201,7 @@ class Weight:
     def _change(self, share: Share) -> Any:
         """What ``share`` adds at strength 1, in main memory."""
         parts = {key: self.component.pristine(key).detach().cpu() for key in {*share.parts, self.key}}
-        return weights._change(share, self.key, Ledger(kept=parts), parts[self.key], {})
+        return weights.change_of(share, self.key, Ledger(kept=parts), parts[self.key], {})
 
 
 @dataclass(slots=True, eq=False)
@@ -284,5 +284,5 @@ def _weight(component: Component, key: Key, rows: list[tuple[Share, float, State
     shares, rest, series = zip(*rows, strict=True)
     owner = live.base(component.model.get_submodule(key[0]))
     held = owner._parameters[key[1]]
-    original = weights._zeros_for(component.model, key) if held is None else held.data
+    original = weights.zeros_for(component.model, key) if held is None else held.data
     return Weight(component, key, owner, shares, rest, tuple(zip(*series, strict=True)), original, held is None)

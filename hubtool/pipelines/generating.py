@@ -138,7 +138,9 @@ def settled(pipe: Any, request: Request) -> Request:
     """``request`` with the pipeline's own defaults of steps and guidance, where it has numbers for them."""
     usual = inspect.signature(type(pipe).__call__).parameters
     found = {name: usual[_ARGUMENTS[name]].default for name in ("steps", "guidance") if _ARGUMENTS[name] in usual}
-    fill = {n: v for n, v in found.items() if getattr(request, n) is None and isinstance(v, int | float)}
+    fill: dict[str, Any] = {
+        n: v for n, v in found.items() if getattr(request, n) is None and isinstance(v, int | float)
+    }
     return replace(request, **fill)
 
 

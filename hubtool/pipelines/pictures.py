@@ -31,6 +31,7 @@ class Part:
     name: str
     sha256: str | None = None
     family: str | None = None
+    kind: str | None = None
     strength: float = 1.0
     negative: bool = False
     schedule: str | None = None
@@ -88,7 +89,7 @@ def _texts(path: Path) -> dict[str, Any]:
         raise FileMissing("no such picture", path=path)
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            return dict(image.text)  # type: ignore[attr-defined]
+            return dict(image.text)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorruptFile(f"this is no readable PNG: {error}", path=path) from error
 
@@ -114,7 +115,7 @@ def _grid(document: Any) -> Mapping[str, Any] | None:
 
 def _part(document: Any) -> Part:
     part = Part(**document)
-    texts = (part.name, part.sha256 or "", part.family or "", part.schedule or "")
+    texts = (part.name, part.sha256 or "", part.family or "", part.kind or "", part.schedule or "")
     if any(not isinstance(text, str) for text in texts) or not isinstance(part.negative, bool):
         raise TypeError("a part of the recipe has words of the wrong type")
     if not math.isfinite(part.strength):
@@ -138,7 +139,7 @@ def _request(document: Any) -> Request:
 def parameters(recipe: Recipe) -> str:
     """The recipe as A1111 writes it: prompt, negative prompt, one line of ``Key: value``."""
     asked = recipe.request
-    loras = [one for one in recipe.adapters if not one.negative]
+    loras = [one for one in recipe.adapters if one.kind == "lora"]
     prompt = " ".join([asked.prompt, *(f"<lora:{Path(one.name).stem}:{one.strength:g}>" for one in loras)])
     negative = [f"Negative prompt: {asked.negative}"] if asked.negative else []
     hashes = ", ".join(f"{Path(one.name).stem}: {one.sha256[:_SHORT]}" for one in loras if one.sha256)

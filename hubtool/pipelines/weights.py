@@ -111,15 +111,16 @@ def _sum(model: Any, book: Ledger, key: Key, shares: list[Share], fused: dict[st
     import torch
 
     original = book.kept[key]
-    base = _zeros_for(model, key) if original is None else original
+    base = zeros_for(model, key) if original is None else original
     total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
     for share in shares:
-        total.add_(_change(share, key, book, base, fused), alpha=share.strength)
+        total.add_(change_of(share, key, book, base, fused), alpha=share.strength)
     held = _parameter(model, key)
     return total.to(base.dtype if held is None else held.dtype)
 
 
-def _change(share: Share, key: Key, book: Ledger, base: Any, fused: dict[str, Any]) -> Any:
+def change_of(share: Share, key: Key, book: Ledger, base: Any, fused: dict[str, Any]) -> Any:
+    """The change that one share makes to a parameter at strength 1, in fp32. ``fused``: changes of whole fused modules, kept between their parts."""
     if key in share.biases:
         change = share.patch.bias_delta(base.float())
     elif len(share.parts) == 1:
@@ -168,7 +169,7 @@ def _copy(parameter: Any) -> Any:
     return None if parameter is None else parameter.detach().to("cpu", copy=True)
 
 
-def _zeros_for(model: Any, key: Key) -> Any:
+def zeros_for(model: Any, key: Key) -> Any:
     """Stands for the bias of a module that has none."""
     import torch
 

@@ -57,7 +57,9 @@ Examples:
     "--schedule", "schedules", multiple=True, metavar="ADAPTER=CURVE", help="Strength by step: style=linear:1:0.2."
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
-@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True, help="What to compute in."
+)
 @click.option("--config-from", type=click.Path(path_type=Path), help="Folder with configurations for a single file.")
 @click.option(
     "--hash-inputs", "hashes", is_flag=True, help="Put the SHA-256 of a base above 1 GiB into the recipe, too."
