@@ -65,6 +65,11 @@ def test_an_address_of_the_own_endpoint_is_a_reference() -> None:
     assert parse_ref("http://hub.local/a/b/blob/v1/c", "http://hub.local/") == HubRef("a", "b", "v1", "c")
 
 
+@pytest.mark.parametrize("path", ["/", "//", "///", "/a", "", ".", "..", "a/../b", "a//b", "a/", "./a", "C:/a", "a\0b"])
+def test_these_paths_are_not_safe(path: str) -> None:
+    assert not is_safe(path)
+
+
 @given(st.text(max_size=40))
 def test_a_safe_path_never_leaves_its_folder(text: str) -> None:
     if is_safe(text):

@@ -125,7 +125,9 @@ def is_name(text: str) -> bool:
 def is_safe(path: str) -> bool:
     """Whether a path in a repository stays below the folder it is joined to, on every system."""
     parts = PurePosixPath(path).parts
-    spelled = "/".join(parts) == path  # no empty part, no ".", not absolute
+    spelled = "/".join(parts) == path and not path.startswith(
+        "/"
+    )  # no empty part, no ".", not absolute (not even "/" itself)
     return bool(parts) and spelled and ".." not in parts and ":" not in parts[0] and not _CONTROL.search(path)
 
 
