@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from hubtool.formats import open_file
-from hubtool.ops.convert import Target, plan
+from hubtool.ops.convert import plan
 from hubtool.ops.execute import execute
+from hubtool.ops.target import Target
 from tests.support.adapters import attention, make, values, write
 
 OUT = Path("demo-out")

@@ -17,9 +17,9 @@ from hubtool.formats import open_file
 from hubtool.layouts.identify import identify
 from hubtool.ops import artefacts
 from hubtool.ops.artefacts import _image
-from hubtool.ops.convert import Target
 from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import Target
 from hubtool.tensors.evaluate import to_bytes
 from hubtool.tensors.expr import Read
 from tests.support.files import write_safetensors

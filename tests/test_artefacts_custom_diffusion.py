@@ -13,9 +13,9 @@ from hubtool.formats import open_file
 from hubtool.layouts import parse_file
 from hubtool.layouts.identify import identify
 from hubtool.ops import artefacts
-from hubtool.ops.convert import Target
 from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import Target
 from hubtool.tensors.evaluate import compute
 from tests.support.tensor_files import base_lists, tensor
 

@@ -18,9 +18,9 @@ from hubtool.formats import open_file  # noqa: E402
 from hubtool.layouts import checkpoint_receipt as receipts  # noqa: E402
 from hubtool.layouts import receipt  # noqa: E402
 from hubtool.ops.checkpoints import plan  # noqa: E402
-from hubtool.ops.convert import Target  # noqa: E402
 from hubtool.ops.execute_folder import execute_folder  # noqa: E402
 from hubtool.ops.folder_plan import FolderPlan  # noqa: E402
+from hubtool.ops.target import Target  # noqa: E402
 from tests.support.checkpoints import convert, loaded, pipeline, same, saved, single, states  # noqa: E402
 
 UNETS = ("sd1", "sd2", "sdxl")

@@ -15,7 +15,8 @@ from hubtool.errors import BadValues, ConversionError, LossyConversion, UnknownF
 from hubtool.formats import open_file
 from hubtool.layouts import parse_file
 from hubtool.layouts.vocabulary import weight_shape
-from hubtool.ops.convert import Target, plan
+from hubtool.ops.convert import plan
+from hubtool.ops.target import Target
 from hubtool.ops.verify import compare
 from hubtool.tensors.evaluate import to_bytes
 from tests.support.adapters import attention, make, scalar, values, write

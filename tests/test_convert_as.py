@@ -13,7 +13,7 @@ from hubtool.cli.main import cli
 from hubtool.errors import LossyConversion, UsageProblem
 from hubtool.formats import open_file
 from hubtool.layouts import parse_file
-from hubtool.ops.convert import Target
+from hubtool.ops.target import Target
 from tests.support.adapters import attention, make, write
 from tests.support.files import RawTensor, floats, scalar, write_safetensors
 

@@ -149,7 +149,7 @@ class TestNext:
 
     def test_what_it_promises_is_what_the_converted_file_gets(self, tmp_path: Path) -> None:
         from hubtool.actions.convert import convert
-        from hubtool.ops.convert import Target
+        from hubtool.ops.target import Target
 
         path = write(make("sd1", UNET[:8], alphas=(1.0, 4.0)), tmp_path / "a.safetensors", "kohya")
         convert(path, tmp_path / "b.safetensors", Target(layout="diffusers"))

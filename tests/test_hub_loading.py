@@ -125,7 +125,7 @@ def test_a_published_pipeline_folder_loads_by_its_id(hub_both: LocalHub, tmp_pat
 
 def test_a_peft_folder_loads_with_peft_and_with_diffusers(hub: LocalHub, tmp_path: Path) -> None:
     from hubtool.actions.convert import convert
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
     put_base(hub, tmp_path)
     folder = tmp_path / "peft-style"

@@ -290,7 +290,7 @@ def test_a_pickle_is_published_as_safetensors(hub: LocalHub, tmp_path: Path) -> 
 
 def test_a_file_that_is_canonical_already_goes_up_with_its_own_bytes(hub: LocalHub, tmp_path: Path) -> None:
     from hubtool.actions.convert import convert
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
     convert(lora(tmp_path), tmp_path / "diffusers.safetensors", Target(layout="diffusers"))
     send(tmp_path / "diffusers.safetensors")

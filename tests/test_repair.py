@@ -21,7 +21,7 @@ from hubtool.layouts import parse_file, receipt, repair
 from hubtool.layouts.identify import identify
 from hubtool.layouts.repair import mend, propose
 from hubtool.layouts.unwrap import unwrapped
-from hubtool.ops.convert import Target
+from hubtool.ops.target import Target
 from hubtool.tensors.evaluate import to_bytes
 from hubtool.tensors.expr import Read
 from hubtool.tensors.ref import TensorRef

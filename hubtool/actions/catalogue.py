@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
+from hubtool.actions.dates import rfc3339
+from hubtool.actions.hub_known import hub_known
 from hubtool.registry import browse, fields
 from hubtool.registry.query import Query, both, exactly, parse, words
 from hubtool.registry.records import Place, Reader, Row
@@ -60,18 +61,11 @@ def row_json(row: Row) -> dict[str, Any]:
     }
 
 
-def rfc3339(seconds: float | None) -> str | None:
-    """Seconds since 1970 as RFC 3339 UTC."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
-
-
 def show(reader: Reader, ref: str) -> dict[str, Any]:
     """Everything known about the artifact that ``ref`` names: the document of ``inspect --json``, and what the library adds.
 
     Raises NotFound or AmbiguousRef.
     """
-    from hubtool.actions.hub_known import hub_known  # which needs this module's dates
-
     row = browse.find(reader, ref)
     listed = row_json(row)
     known = browse.hashes(reader, row.key)

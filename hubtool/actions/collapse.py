@@ -17,11 +17,11 @@ from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
 from hubtool.ops import collapse as ops
 from hubtool.ops import recipe as recipes
-from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe
 from hubtool.ops.strengths import Strengths, parse
+from hubtool.ops.target import SUFFIXES
 from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from hubtool.actions.where import library_exists
 from hubtool.errors import LossyConversion, UsageProblem
 from hubtool.formats import TensorFile, open_file
 from hubtool.ops import convert as ops
-from hubtool.ops.convert import SUFFIXES, Target
 from hubtool.ops.execute import execute, execute_in_place
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import SUFFIXES, Target
 
 if TYPE_CHECKING:
     from hubtool.ops.verify import Verdict

@@ -12,11 +12,11 @@ from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
 from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.formats import TensorFile, open_file
-from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
 from hubtool.ops.extract.request import Request
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe, stamp
+from hubtool.ops.target import SUFFIXES
 from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hubtool.actions import civitai
-from hubtool.actions.catalogue import rfc3339
+from hubtool.actions.dates import rfc3339
 from hubtool.errors import MissingExtra
 from hubtool.registry import hub_facts
 from hubtool.registry.hub_facts import Card, Origin

@@ -19,7 +19,6 @@ from hubtool.layouts.identify import identify
 from hubtool.ops import merge_adapters, merge_checkpoints
 from hubtool.ops import recipe as recipes
 from hubtool.ops.checkpoint_merge.shares import spread
-from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
 from hubtool.ops.factor_space.blend import Space
 from hubtool.ops.factor_space.budget import Budget
@@ -27,6 +26,7 @@ from hubtool.ops.factor_space.report import Report as AdapterReport
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe
 from hubtool.ops.strengths import Strengths, parse
+from hubtool.ops.target import SUFFIXES
 from hubtool.tensors.writer import same_file
 
 Progress = Callable[[int], None]

@@ -13,10 +13,11 @@ from hubtool.errors import ConversionError, RecognitionError, UsageProblem
 from hubtool.hub import layout
 from hubtool.hub.pictures import Shown
 from hubtool.hub.uploads import Upload, upload
+from hubtool.ops import containers
 from hubtool.ops import convert as ops
-from hubtool.ops.convert import Target
 from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import Target
 from hubtool.types import Finding
 
 _TORCH = ("torch-zip", "torch-legacy", "png")
@@ -249,7 +250,9 @@ def _weights(made: Stage, path: Path) -> Path:
     file = read_header(path)
     cleaned = made.cleaner.file(file)
     return (
-        path if cleaned is file else made.write(ops.container(replace(cleaned, header_bytes=None), "safetensors", None))
+        path
+        if cleaned is file
+        else made.write(containers.container(replace(cleaned, header_bytes=None), "safetensors", None))
     )
 
 

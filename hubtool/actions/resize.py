@@ -11,11 +11,11 @@ from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
 from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
-from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
 from hubtool.ops.factor_space.budget import Budget
 from hubtool.ops.merge_adapters import Request
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import SUFFIXES
 
 if TYPE_CHECKING:
     from hubtool.ops.factor_space.report import Report

@@ -11,12 +11,12 @@ from hubtool.actions.outcome import recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
 from hubtool.errors import LossyConversion, UsageProblem
 from hubtool.formats import open_file
-from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe, stamp
 from hubtool.ops.strip import planning
 from hubtool.ops.strip.planning import Report, Request
+from hubtool.ops.target import SUFFIXES
 
 Progress = Callable[[int], None]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubtool.actions import moving
-from hubtool.actions.catalogue import rfc3339
+from hubtool.actions.dates import rfc3339
 from hubtool.actions.scan_walk import candidate, file_stat
 from hubtool.errors import HubtoolError
 from hubtool.registry import curation, journal, placing

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hubtool.adapters.ir import Adapter, ModuleKey, Patch
+from hubtool.adapters.ir import Adapter
 from hubtool.errors import ConversionError, UnknownFamily, UnknownLayout, UsageProblem
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import receipt as receipts
@@ -16,13 +15,12 @@ from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.emit import emit
 from hubtool.layouts.parse import Parsed
 from hubtool.ops import promotion
+from hubtool.ops.containers import config_losses, container
 from hubtool.ops.plan import Plan
 from hubtool.tensors.expr import Read
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
-
-_ONLY_CONFIG = "only adapter_config.json can carry it, and a single file has none"
+    from hubtool.ops.target import Target
 
 
 def keeps_layout(parsed: Parsed, target: Target) -> bool:
@@ -47,16 +45,14 @@ def plan(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
     promoted = promotion.promote(adapter, target.algorithm, target.family)
     emission = spelled(promoted.adapter, target.layout or str(parsed.layout), parsed, target.family)
     if target.component is None and not promoted.promotions and _spells_alike(file, emission, parsed):
-        from hubtool.ops.convert import container as same_names
-
-        return same_names(file, target.format, parsed)
-    container = container_of(emission, target.format)
+        return container(file, target.format, parsed)
+    kind = container_of(emission, target.format)
     source = receipts.of_file(file, str(parsed.layout), (target.family,) if target.family else parsed.candidates)
-    if container == "safetensors" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
+    if kind == "safetensors" and (source.layout, source.format) == (str(emission.layout), "safetensors"):
         restored = receipts.restore(source, promoted.adapter, emission)
         if restored is not None:
             return restored_plan(file, emission, restored)
-    return _new(file, promoted, emission, container, source)
+    return _new(file, promoted, emission, kind, source)
 
 
 def _spells_alike(file: TensorFile, emission: Emission, parsed: Parsed) -> bool:
@@ -69,21 +65,21 @@ def _spells_alike(file: TensorFile, emission: Emission, parsed: Parsed) -> bool:
 
 
 def _new(
-    file: TensorFile, promoted: promotion.Promoted, emission: Emission, container: str, source: receipts.Receipt
+    file: TensorFile, promoted: promotion.Promoted, emission: Emission, kind: str, source: receipts.Receipt
 ) -> Plan:
     adapter = promoted.adapter
     metadata = receipts.carried_metadata(adapter.metadata) | emission.metadata | {receipts.KEY: source.dump()}
-    losses = (*promoted.refused, *emission.losses, *_metadata_losses(adapter, container))
-    if emission.config and container != "peft-folder":
+    losses = (*promoted.refused, *emission.losses, *_metadata_losses(adapter, kind))
+    if emission.config and kind != "peft-folder":
         losses += tuple(config_losses(emission.patches, {}))
     return Plan(
         source=file.path,
-        format=container,
+        format=kind,
         layout=str(emission.layout),
         tensors=emission.tensors,
-        metadata=metadata if container != "torch-zip" else {},
+        metadata=metadata if kind != "torch-zip" else {},
         tree=list(emission.tensors.values()) if emission.container == "torch-list" else None,
-        config=emission.config if container == "peft-folder" else None,
+        config=emission.config if kind == "peft-folder" else None,
         losses=losses,
         notes=tuple(emission.notes),
         rounded=emission.rounded,
@@ -96,15 +92,6 @@ def _metadata_losses(adapter: Adapter, container: str) -> tuple[Loss, ...]:
         return ()
     kept = receipts.carried_metadata(adapter.metadata, "format")
     return tuple(Loss(f"metadata {key}", "a torch file has no place for metadata") for key in kept)
-
-
-def config_losses(patches: Mapping[ModuleKey, Patch], config: Mapping[str, Any]) -> Iterator[Loss]:
-    """What PEFT keys lose without ``adapter_config.json`` beside them: every scale but 1, and transposed weights."""
-    for key, patch in patches.items():
-        if patch.scale != 1.0:
-            yield Loss(f"{'.'.join(key)}.alpha", f"the scale is {patch.scale:g}: {_ONLY_CONFIG}")
-    if config.get("fan_in_fan_out") is True:
-        yield Loss("fan_in_fan_out", f"the base's weights are stored transposed: {_ONLY_CONFIG}")
 
 
 def restored_plan(file: TensorFile, emission: Emission, restored: receipts.Restored) -> Plan:

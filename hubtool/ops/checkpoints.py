@@ -19,7 +19,7 @@ from hubtool.ops.plan import Plan
 from hubtool.tensors.expr import Expr, Read
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 _ORIGIN = "origin"
 

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import MappingProxyType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hubtool.errors import BadValues, ConversionError, UsageProblem
 from hubtool.formats.base import TensorFile
-from hubtool.layouts.emission import Loss
 from hubtool.layouts.parse import Parsed, recognise
-from hubtool.layouts.unwrap import unwrapped
+from hubtool.ops.containers import container
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import DTYPES, ORIGIN, Target
 from hubtool.tensors.dtypes import FLOATS
-from hubtool.tensors.expr import Compute, Expr, Read
+from hubtool.tensors.expr import Compute, Expr
 
 if TYPE_CHECKING:
     from hubtool.adapters.identity import Identity
 
-SUFFIXES = MappingProxyType(
-    {".safetensors": "safetensors", ".ckpt": "torch-zip", ".pt": "torch-zip", ".pth": "torch-zip", ".bin": "torch-zip"}
-)
-DTYPES = MappingProxyType(
-    {
-        "fp16": "F16",
-        "bf16": "BF16",
-        "fp32": "F32",
-        "f16": "F16",
-        "f32": "F32",
-        "float16": "F16",
-        "float32": "F32",
-        "bfloat16": "BF16",
-    }
-)
-ALGORITHMS = ("lora", "locon")
-ORIGIN = "origin"  # the layout that the file's receipt remembers
-_TORCH = frozenset({"torch-zip", "torch-legacy"})
 _WHOLE_MODELS = frozenset({"checkpoint", "diffusers_pipeline", "vae", "text_encoder"})
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What was asked; None keeps the source's.
-
-    ``format``: ``safetensors`` or ``torch-zip``; ``layout``: a layout, an embedding encoding, or ``origin``; ``algorithm``: ``lora`` or
-    ``locon``, what modules are rewritten as where that is exact; ``repair``: mend keys that were broken by hand first; ``config_from``: a diffusers folder whose
-    configs and tokenizers complete a new one.
-    """
-
-    format: str | None = None
-    layout: str | None = None
-    dtype: str | None = None
-    family: str | None = None
-    component: str | None = None
-    algorithm: str | None = None
-    repair: bool = False
-    config_from: Path | None = None
 
 
 def plan(file: TensorFile, target: Target) -> Plan:
@@ -65,7 +25,7 @@ def plan(file: TensorFile, target: Target) -> Plan:
     if target.repair:
         from hubtool.ops import repairing
 
-        return repairing.plan(file, replace(target, repair=False))
+        return repairing.plan(file, replace(target, repair=False), plan)
     parsed = recognise(file, target.family)
     adapter = parsed is not None and parsed.adapter.patches
     made = _adapter(file, parsed, target) if parsed and adapter else _other(file, target)
@@ -76,7 +36,7 @@ def _adapter(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
     from hubtool.ops import adapters, repairing
 
     if target.layout == ORIGIN:
-        return repairing.back(file, parsed, target)
+        return repairing.back(file, parsed, target, plan)
     if target.algorithm is None and target.component is None and adapters.keeps_layout(parsed, target):
         return container(file, target.format, parsed)
     return adapters.plan(file, parsed, target)
@@ -117,57 +77,6 @@ def _artefact(file: TensorFile, identity: Identity, target: Target) -> Plan | No
     from hubtool.ops import artefacts
 
     return artefacts.plan(file, identity, target)
-
-
-def container(file: TensorFile, asked: str | None, parsed: Parsed | None) -> Plan:
-    """The same names in another container. What only a pickle or a folder could hold becomes metadata or a loss."""
-    kept = "peft-folder" if asked is None and file.format == "peft-folder" else asked or "safetensors"
-    tensors, _ = unwrapped(file)
-    exprs: dict[str, Expr] = {name: Read(ref) for name, ref in tensors.items()}
-    same = file.format == kept == "safetensors"
-    return Plan(
-        source=file.path,
-        format=kept,
-        layout=str(parsed.layout) if parsed else None,
-        tensors=exprs,
-        metadata=dict(file.metadata) if same else _metadata_of(file, kept),
-        header=file.header_bytes if same else None,
-        config=file.config.get("adapter_config.json") if kept == "peft-folder" else None,
-        losses=tuple(_losses(file, tensors, kept, parsed)),
-        notes=tuple(_notes(file)),
-    )
-
-
-def _metadata_of(file: TensorFile, kept: str) -> dict[str, str]:
-    if kept == "torch-zip":
-        return {}
-    if file.format in _TORCH:
-        return {"format": "pt", **{f"hubtool.extra.{key}": value for key, value in file.metadata.items()}}
-    return dict(file.metadata)
-
-
-def _losses(file: TensorFile, tensors: Mapping[str, Any], kept: str, parsed: Parsed | None) -> Iterator[Loss]:
-    dropped = len(file.tensors) - len(tensors)
-    if dropped:
-        _, notes = unwrapped(file)
-        parts = "; ".join(note.message for note in notes)
-        yield Loss(
-            "1 tensor of the training state" if dropped == 1 else f"{dropped} tensors of the training state", parts
-        )
-    if kept == "torch-zip" and file.format not in _TORCH:
-        for key in file.metadata:
-            if (key, file.metadata[key]) != ("format", "pt"):
-                yield Loss(f"metadata {key}", "a torch file has no place for metadata")
-    if parsed is not None and file.format == "peft-folder" != kept:
-        from hubtool.ops import adapters
-
-        yield from adapters.config_losses(parsed.adapter.patches, file.config.get("adapter_config.json", {}))
-
-
-def _notes(file: TensorFile) -> Iterator[str]:
-    for finding in file.findings:
-        if finding.severity != "info" or file.format in _TORCH:
-            yield finding.message
 
 
 def _cast(made: Plan, dtype: str) -> Plan:

@@ -18,7 +18,6 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import Unsupported, UsageProblem
 from hubtool.layouts import tables, vocabulary
 from hubtool.ops import adapters as spelling
-from hubtool.ops.convert import DTYPES
 from hubtool.ops.factor_space import fused, output, reading, terms
 from hubtool.ops.factor_space.blend import Space
 from hubtool.ops.factor_space.budget import Budget, ranks
@@ -30,6 +29,7 @@ from hubtool.ops.factor_space.spectra import spectra
 from hubtool.ops.methods import Method, find
 from hubtool.ops.plan import Plan
 from hubtool.ops.strengths import Strengths
+from hubtool.ops.target import DTYPES
 from hubtool.tensors.dtypes import BITS
 from hubtool.tensors.expr import size
 

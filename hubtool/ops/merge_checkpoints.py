@@ -21,10 +21,10 @@ from hubtool.ops.checkpoint_merge.sides import Side, read
 from hubtool.ops.checkpoints import written
 from hubtool.ops.collapse import output
 from hubtool.ops.collapse.base import Base
-from hubtool.ops.convert import DTYPES, Target
 from hubtool.ops.methods import Method, find
 from hubtool.ops.plan import Plan
 from hubtool.ops.strengths import Strengths
+from hubtool.ops.target import DTYPES, Target
 from hubtool.tensors.dtypes import FLOATS
 from hubtool.tensors.expr import Expr, Read
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from hubtool.errors import ConversionError, CorruptFile
 from hubtool.formats.base import TensorFile
@@ -15,25 +16,23 @@ from hubtool.layouts.parse import Parsed, recognise
 from hubtool.layouts.unwrap import unwrapped
 from hubtool.ops import adapters
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import Target
 
-if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+Convert: TypeAlias = Callable[[TensorFile, Target], Plan]  # the conversion of a healthy file
 
 
-def plan(file: TensorFile, target: Target) -> Plan:
+def plan(file: TensorFile, target: Target, convert: Convert) -> Plan:
     """The conversion of the mended file. Its receipt remembers the broken header, so that ``--layout origin`` gives the same bytes.
 
     A healthy file is converted as it is. Raises ``ConversionError`` where keys mean nothing and no known repair helps.
     """
-    from hubtool.ops import convert
-
     found = repairs.propose(unwrapped(file)[0], file.path)
     if found is None:
         _refuse_unknown(file, target)
-        made = convert.plan(file, target)
+        made = convert(file, target)
         return replace(made, notes=(*made.notes, "nothing to repair: no key is broken in a way we know"))
     mended = replace(repairs.apply(file, found), header_bytes=None)
-    made = replace(convert.plan(mended, target), repair=found)
+    made = replace(convert(mended, target), repair=found)
     if made.format == "torch-zip":
         return made
     origin = repair_receipt.of_broken(file, made.layout or "", found.candidates)
@@ -54,16 +53,14 @@ def _refuse_unknown(file: TensorFile, target: Target) -> None:
         )
 
 
-def back(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
+def back(file: TensorFile, parsed: Parsed, target: Target, convert: Convert) -> Plan:
     """Undo the conversion that the file's receipt remembers. Raises ``ConversionError`` without a receipt, or where the adapter was changed since."""
-    from hubtool.ops import convert
-
     receipt = receipts.load(file.metadata)
     if receipt is None:
         raise ConversionError("this file has no receipt of origin", path=file.path, hint="name a layout instead")
     broken = repair_receipt.mend(receipt)
     if broken is None:
-        return convert.plan(file, replace(target, layout=receipt.layout))
+        return convert(file, replace(target, layout=receipt.layout))
     emission = adapters.spelled(parsed.adapter, broken.receipt.layout, parsed, target.family)
     restored = receipts.restore(broken.receipt, parsed.adapter, emission)
     if restored is None:

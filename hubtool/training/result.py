@@ -16,6 +16,7 @@ from hubtool.formats import open_file
 from hubtool.layouts import Emission, emit
 from hubtool.ops import convert
 from hubtool.ops.execute import execute
+from hubtool.ops.target import Target
 from hubtool.tensors.dtypes import FLOATS, FROM_TORCH, numel
 from hubtool.tensors.expr import Cast, Expr
 from hubtool.tensors.writer import write_safetensors
@@ -105,7 +106,7 @@ def _through_diffusers(adapter: Adapter, path: Path, output: Output, metadata: M
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         first = Path(folder) / "adapter.safetensors"
         write_safetensors(first, _cast(emission.tensors, output.dtype), {**metadata, **emission.metadata})
-        execute(convert.plan(open_file(first), convert.Target(layout=output.layout)), path, force=force)
+        execute(convert.plan(open_file(first), Target(layout=output.layout)), path, force=force)
 
 
 def _processors(adapter: Adapter) -> Iterator[tuple[str, Expr]]:

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from hubtool.formats import open_file
 from hubtool.ops.checkpoints import plan
-from hubtool.ops.convert import Target
+from hubtool.ops.target import Target
 from hubtool.ops.execute import execute
 from hubtool.ops.execute_folder import execute_folder
 from hubtool.ops.folder_plan import FolderPlan

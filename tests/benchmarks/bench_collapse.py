@@ -26,8 +26,8 @@ from hubtool.layouts.checkpoint_tables import pipeline
 from hubtool.layouts.checkpoints import Checkpoint, write
 from hubtool.layouts.emit import emit
 from hubtool.ops.checkpoints import plan
-from hubtool.ops.convert import Target
 from hubtool.ops.execute import execute
+from hubtool.ops.target import Target
 from hubtool.tensors.expr import Expr, Literal, Read, reshape
 from hubtool.tensors.ref import TensorRef
 from hubtool.tensors.writer import write_safetensors

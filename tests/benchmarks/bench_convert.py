@@ -68,7 +68,7 @@ def layout(folder: Path) -> dict[str, float]:
 def in_place(folder: Path) -> dict[str, float]:
     """The rename itself, without the start of the interpreter."""
     from hubtool.actions.convert import Options, convert
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
     path = folder / "names.safetensors"
     write(make("sdxl", attention("sdxl"), ranks=(32,), alphas=(16.0,), dtype="F16"), path, "kohya/diffusers")

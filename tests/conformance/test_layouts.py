@@ -13,8 +13,9 @@ from hubtool.formats import open_file
 from hubtool.layouts import emit, parse_file, tables
 from hubtool.layouts.content import content_id
 from hubtool.layouts.vocabulary import places
-from hubtool.ops.convert import Target, plan
+from hubtool.ops.convert import plan
 from hubtool.ops.execute import execute
+from hubtool.ops.target import Target
 from hubtool.tensors.evaluate import to_bytes
 from tests.support.adapters import attention, closed, layouts, make, write
 from tests.support.patches import CASES as PATCHES

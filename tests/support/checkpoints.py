@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from hubtool.formats import open_file
 from hubtool.ops.checkpoints import plan
-from hubtool.ops.convert import Target
 from hubtool.ops.execute import execute
 from hubtool.ops.execute_folder import execute_folder
 from hubtool.ops.folder_plan import FolderPlan
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import Target
 from tests.support.tiny import build
 
 State = dict[str, torch.Tensor]

@@ -13,8 +13,8 @@ from hubtool.actions.convert import Converted, Options, convert
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import HubtoolError, PartialFailure, UsageProblem
-from hubtool.ops.convert import ALGORITHMS, SUFFIXES, Target
 from hubtool.ops.plan import Plan
+from hubtool.ops.target import ALGORITHMS, SUFFIXES, Target
 
 _EXTENSION = {"safetensors": ".safetensors", "torch-zip": ".pt", "peft-folder": "", "diffusers-folder": ""}
 _MOST = 8  # of a list that may have an entry for every module

@@ -13,10 +13,10 @@ from hubtool.actions.merge import Merged, Options, merge
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
-from hubtool.ops.convert import SUFFIXES
 from hubtool.ops.factor_space.budget import Budget
 from hubtool.ops.methods import Method
 from hubtool.ops.recipe import Input
+from hubtool.ops.target import SUFFIXES
 
 _MOST = 5  # of a list that may have an entry for every module
 _LIMITS = ("rank", "energy", "error", "across", "max_rank")

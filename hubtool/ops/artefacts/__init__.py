@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from hubtool.adapters.identity import Identity
     from hubtool.formats.base import TensorFile
     from hubtool.layouts.emission import Loss
-    from hubtool.ops.convert import Target
     from hubtool.ops.plan import Plan
+    from hubtool.ops.target import Target
     from hubtool.tensors.expr import Expr
 
 # kind -> module of this package with ``convert(file, identity, target) -> Plan``

@@ -15,7 +15,7 @@ from hubtool.tensors.expr import Expr
 from hubtool.tensors.ref import TensorRef
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 EXTRA = "hubtool.extra."
 _PLAIN = (str, int, float, bool, type(None))

@@ -19,7 +19,7 @@ from hubtool.tensors.expr import Expr, Read, reshape
 from hubtool.types import Shape
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 SHAPE = "hubtool.shape"  # of the tensor in the torch file, where safetensors has it as (1, width)
 KEYS = {"image-space": "aesthetic_embedding", "prompt": "prompt_embeds", "clip-image": "image_embeds"}

@@ -31,7 +31,7 @@ from hubtool.ops.plan import Plan
 from hubtool.tensors.expr import Expr, Read, reshape
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 _LDM = "model.diffusion_model."
 _OWN_FILES = "diffusers keeps every token in a file of its own: write them with --component tokens"

@@ -23,7 +23,7 @@ from hubtool.ops.plan import Plan
 from hubtool.tensors.expr import Compute, Expr, Read
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 LAYOUTS = ("a1111", "flat", "linear")
 

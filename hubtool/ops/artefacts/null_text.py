@@ -17,7 +17,7 @@ from hubtool.ops.plan import Plan
 from hubtool.tensors.expr import Expr, Read, reshape, rows
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 FORM = "hubtool.null_text"
 LAYOUTS = ("stacked", "list")

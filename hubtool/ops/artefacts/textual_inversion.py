@@ -28,7 +28,7 @@ from hubtool.ops.plan import Plan
 from hubtool.tensors.expr import Expr, Read, sources
 
 if TYPE_CHECKING:
-    from hubtool.ops.convert import Target
+    from hubtool.ops.target import Target
 
 TOKEN, VARIANT = "hubtool.token", "hubtool.variant"
 # encoding found -> the encoding of the other container. What is in neither row keeps its keys (kohya-sdxl, cog-sdxl, xti ...).

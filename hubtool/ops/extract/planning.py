@@ -13,7 +13,8 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import ConversionError
 from hubtool.layouts.emission import Loss
 from hubtool.layouts.emit import emit
-from hubtool.ops.adapters import config_losses, container_of
+from hubtool.ops.adapters import container_of
+from hubtool.ops.containers import config_losses
 from hubtool.ops.extract import changes, metadata
 from hubtool.ops.extract.factors import Decomposed, decompose, memory
 from hubtool.ops.extract.pairing import Pair, Pairs, ParameterKey, Side, pair, refuse_quantised

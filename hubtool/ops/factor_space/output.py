@@ -13,7 +13,8 @@ from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.receipt import carried_metadata
-from hubtool.ops.adapters import config_losses, container_of
+from hubtool.ops.adapters import container_of
+from hubtool.ops.containers import config_losses
 from hubtool.ops.factor_space import terms
 from hubtool.ops.factor_space.report import Report
 from hubtool.ops.plan import Plan

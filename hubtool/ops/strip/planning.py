@@ -11,7 +11,7 @@ from hubtool.formats.base import TensorFile
 from hubtool.layouts.checkpoints import Checkpoint, homes
 from hubtool.layouts.parse import Parsed, recognise
 from hubtool.ops import checkpoint_folder
-from hubtool.ops.convert import container
+from hubtool.ops.containers import container
 from hubtool.ops.extract.pairing import Side, side
 from hubtool.ops.folder_plan import FORMAT, FolderPlan
 from hubtool.ops.plan import Plan
