@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.actions.trees import file_sha256
 from hubtool.actions.where import default_target, library_exists
 from hubtool.registry import browse, settings
 from hubtool.registry.fast import FastReader
@@ -18,8 +18,6 @@ from hubtool.registry.text import raw_path
 if TYPE_CHECKING:
     from hubtool.registry.lineage import Parent
     from hubtool.registry.store import Store
-
-_CHUNK = 1 << 20
 
 
 def open_store(library: str | None = None) -> Store:
@@ -99,13 +97,7 @@ def _parent(store: Store, key: int | None, path: str | Path, strength: float | N
 
 
 def _sha256(path: str | Path) -> str | None:
-    if not os.path.isfile(path):
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(path) if os.path.isfile(path) else None
 
 
 def _tool() -> str:

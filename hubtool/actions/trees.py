@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 from hubtool.errors import FileMissing
 from hubtool.formats.base import TensorFile
@@ -20,11 +21,12 @@ def tree_sha256(file: TensorFile, base: bytes) -> str:
         raise FileMissing("nothing in it can be hashed", path=file.path)
     digest = hashlib.sha256()
     for path in sorted(os.fsencode(path) for path in file.files):
-        digest.update(_sha256(path).encode() + b"  " + os.path.relpath(path, base) + b"\n")
+        digest.update(file_sha256(path).encode() + b"  " + os.path.relpath(path, base) + b"\n")
     return digest.hexdigest()
 
 
-def _sha256(path: bytes) -> str:
+def file_sha256(path: bytes | str | Path) -> str:
+    """SHA-256 of one file, read in steps."""
     digest = hashlib.sha256()
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,8 +157,3 @@ def last_part(path: str) -> str:
     """The name at the end of a path, whatever system wrote it."""
     parts = [part for part in re.split(r"[\\/]+", path.strip()) if part]
     return parts[-1] if parts else ""
-
-
-def has_secret(texts: Iterable[str]) -> bool:
-    """Whether any of the texts holds a secret."""
-    return any(pattern.search(text) for text in texts for _, pattern in _SECRET)
