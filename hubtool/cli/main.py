@@ -5,9 +5,14 @@ A command's module is imported when it runs, not before: ``hubtool --help`` read
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +27,11 @@ from hubtool.cli.errors import ENDINGS, EXIT_CODES, TERMINATED, report, wants_js
 
 _COMMANDS = Path(__file__).parent / "commands"
 _SUMMARY_BYTES = 400  # enough for a first line
+_COLLECT = (
+    50_000,
+    20,
+    50,
+)  # modules and tables make objects that stay: looking for garbage among them is a sixth of torch's import
 
 
 class Commands(click.Group):
@@ -98,7 +108,24 @@ def cli(context: click.Context, library: str | None, quiet: bool, verbose: int) 
 def main() -> None:
     """Run the command line and exit. SIGTERM unwinds like an exception, so that half-written outputs are removed."""
     signal.signal(signal.SIGTERM, _terminate)
-    cli.main(prog_name="hubtool")
+    gc.set_threshold(*_COLLECT)
+    try:
+        cli.main(prog_name="hubtool")
+    except SystemExit as ending:
+        _leave_at_once(ending.code)
+        raise
+
+
+def _leave_at_once(code: Any) -> None:
+    """End the process without taking torch apart, which takes as long as half of its import; other endings are short by themselves."""
+    busy = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread())
+    if "torch" not in sys.modules or not isinstance(code, int) or busy:
+        return
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # the ordinary ending says that nobody reads, or that a disk is full
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
