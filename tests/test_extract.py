@@ -37,7 +37,7 @@ from hubtool.formats import open_file
 from hubtool.layouts.emit import emit
 from hubtool.layouts.parse import parse, parse_file
 from hubtool.ops.extract.factors import Decomposed
-from hubtool.ops.extract.pairing import Pairs, pair, side
+from hubtool.ops.extract.pairing import Pairs, pair
 from hubtool.ops.extract.planning import low_rank
 from hubtool.ops.extract.request import Request, parse_size
 from hubtool.ops.extract.spectrum import Spectrum, least, within
@@ -45,6 +45,7 @@ from hubtool.ops.extract.units import sort
 from hubtool.ops.factor_space.budget import Budget
 from hubtool.ops.randomised_svd import balanced, seed_of, truncated_svd
 from hubtool.ops.recipe import of_metadata
+from hubtool.ops.sides import side
 from hubtool.tensors.evaluate import compute
 from hubtool.tensors.expr import Expr, Read
 from hubtool.tensors.ref import TensorRef
@@ -488,7 +489,7 @@ def test_quantised_weights_are_refused(base: Path, tmp_path: Path) -> None:
 
 def test_another_family_is_refused_before_any_number_is_read(base: Path, tmp_path: Path) -> None:
     other = checkpoints.single("sdxl", tmp_path)
-    with pytest.raises(ConversionError, match=r"sd1, .* sdxl"):
+    with pytest.raises(ConversionError, match=r"sdxl, .* sd1"):
         actions.prepare(base, other, request(4))
 
 

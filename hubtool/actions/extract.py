@@ -59,11 +59,11 @@ def prepare(base: str | Path, tuned: str | Path, request: Request, library: str 
     Raises what recognising and pairing raise.
     """
     from hubtool.ops.extract import planning
-    from hubtool.ops.extract.pairing import sides
+    from hubtool.ops.sides import sides
 
     request.check()
     paths = [locate(one, library) for one in (base, tuned)]
-    first, second = sides(open_file(paths[0]), open_file(paths[1]), request.family)
+    first, second = sides([open_file(path) for path in paths], request.family)
     return planning.prepare(first, second, request)
 
 

@@ -13,12 +13,13 @@ from hubtool.formats.base import TensorFile
 from hubtool.layouts.receipt import KEY as RECEIPT
 from hubtool.ops.plan import Plan
 from hubtool.tensors import header
+from hubtool.tensors.device import check_device
 from hubtool.tensors.evaluate import is_bytes
 from hubtool.tensors.expr import Expr, Read, Reshape
+from hubtool.tensors.progress import Progress, expect
 from hubtool.tensors.ref import TensorRef
 from hubtool.tensors.writer import atomic_folder, rewrite_header_in_place, same_file, write_safetensors
 
-Progress = Callable[[int], None]
 Late = Callable[[bytes], bytes]
 
 
@@ -39,15 +40,19 @@ def execute(
     """
     if output.exists() and same_file(output, plan.source):
         raise UsageProblem("the output is the input", path=output, hint="choose another name, or --in-place")
+    check_device(device)
+    expect(progress, plan.bytes_out)
     if type(plan) is not Plan:
         return _execute_special(plan, output, force, progress=progress, workers=workers, device=device, late=late)
     if plan.format == "peft-folder":
-        return _peft_folder(plan, output, workers=workers, device=device, late=late)
+        return _peft_folder(plan, output, progress=progress, workers=workers, device=device, late=late)
     if plan.format == "torch-zip":
         from hubtool.formats.torch_writer import write_torch_zip
 
         tree = plan.tree if plan.tree is not None else dict(plan.tensors)
-        return write_torch_zip(output, tree, force=force, root=_root(output))
+        return write_torch_zip(
+            output, tree, force=force, root=_root(output), workers=workers, device=device, progress=progress
+        )
     return write(
         output, plan.tensors, dict(plan.metadata) or None,
         force=force, header=plan.header, progress=progress, workers=workers, device=device, late=late,

@@ -15,14 +15,16 @@ from hubtool.errors import ConversionError, UsageProblem
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import checkpoints
 from hubtool.layouts.receipt import KEY as RECEIPT
+from hubtool.ops import sides as side_by_side
 from hubtool.ops.checkpoint_merge import shares
 from hubtool.ops.checkpoint_merge.merging import Merger
-from hubtool.ops.checkpoint_merge.sides import Side, read
 from hubtool.ops.checkpoints import written
 from hubtool.ops.collapse import output
 from hubtool.ops.collapse.base import Base
 from hubtool.ops.methods import Method, find
 from hubtool.ops.plan import Plan
+from hubtool.ops.quantised import refuse_quantised
+from hubtool.ops.sides import Side
 from hubtool.ops.strengths import Strengths
 from hubtool.ops.target import DTYPES, Target
 from hubtool.tensors.dtypes import FLOATS
@@ -88,7 +90,9 @@ def plan(files: Sequence[TensorFile], request: Request, base: TensorFile | None 
     method.check_inputs(len(files), base=base is not None)
     if method.base == "required" and base is None:
         raise UsageProblem(f"method {method.id} needs a base", hint="name what the inputs were made from with --base")
-    sides = read([*files, *([] if base is None else [base])], request.family)
+    sides = side_by_side.sides([*files, *([] if base is None else [base])], request.family)
+    for one in sides:
+        refuse_quantised(one.file, one.source.tensors)
     strengths = _resolved(request.strengths, len(files), method, sides[0])
     merger = _merger(request, method, sides, len(files), strengths)
     report = Report(method.id, [side.to_json() for side in sides])
@@ -161,16 +165,20 @@ def _account(sides: Sequence[Side], report: Report, strengths: Sequence[Strength
     first = sides[0]
     for side in sides[1:]:
         own = (
-            f"{name}.{key}" for name, keys in side.weights.items() for key in keys if first.tensor(name, key) is None
+            f"{name}.{key}"
+            for name, keys in side.checkpoint.weights.items()
+            for key in keys
+            if first.tensor(name, key) is None
         )
         spare = list(own)
         if spare:
             report.spare[side.file.path.name] = spare
-    modules = [(name, key.rpartition(".")[0]) for name, keys in first.weights.items() for key in keys]
+    modules = [(name, key.rpartition(".")[0]) for name, keys in first.checkpoint.weights.items() for key in keys]
     unused = sorted({text for one in strengths if one is not None for text in one.unmatched(modules)})
     if unused:
         raise UsageProblem(
-            f"no module answers to the strength of {unused[0]!r}", hint=f"components: {', '.join(first.weights)}"
+            f"no module answers to the strength of {unused[0]!r}",
+            hint=f"components: {', '.join(first.checkpoint.weights)}",
         )
 
 

@@ -21,10 +21,11 @@ from hubtool.formats import open_file
 from hubtool.layouts import vocabulary
 from hubtool.layouts.checkpoint_tables import pipeline
 from hubtool.layouts.checkpoints import Checkpoint, write
-from hubtool.ops.extract.pairing import pair, side
+from hubtool.ops.extract.pairing import pair
 from hubtool.ops.extract.request import Request
 from hubtool.ops.extract.units import Unit, sort
 from hubtool.ops.factor_space.budget import Budget
+from hubtool.ops.sides import side
 from hubtool.tensors.evaluate import compute
 from hubtool.tensors.expr import Compute, Expr
 from hubtool.tensors.parallel import write_safetensors_parallel

@@ -9,8 +9,8 @@ from typing import Any
 from hubtool.errors import ShapeMismatch
 from hubtool.layouts.checkpoint_weights import join
 from hubtool.layouts.checkpoints import Home
-from hubtool.ops.checkpoint_merge.sides import Side
 from hubtool.ops.methods import Method
+from hubtool.ops.sides import Side
 from hubtool.tensors import expr as e
 from hubtool.tensors.dtypes import FLOATS
 from hubtool.tensors.expr import Compute, Expr

@@ -11,21 +11,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hubtool.errors import RecognitionError, Unsupported
+from hubtool.errors import RecognitionError
 from hubtool.formats.base import TensorFile
 from hubtool.layouts import checkpoint_tables as tables
 from hubtool.layouts import checkpoints
 from hubtool.layouts.checkpoint_source import Source, recognise
 from hubtool.layouts.checkpoint_weights import cut
 from hubtool.layouts.checkpoints import Home
-from hubtool.tensors.dtypes import FLOATS
+from hubtool.ops.quantised import refuse_quantised_weight
 from hubtool.tensors.expr import Expr, Read, Rows
 from hubtool.tensors.ref import TensorRef
 from hubtool.types import Shape
 
 Windows = tuple[tuple[int, int], ...]
 _HEADS = ("", "text_model.")  # transformers writes CLIP's names with and without it
-_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "SCB", "absmax")  # marks of quantised weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class Base:
 
     def _spot(self, key: str, part: int) -> Spot:
         home, ref = self._homes[key], self.tensors[key]
-        self._refuse_quantised(key, ref)
+        refuse_quantised_weight(self.file, self.tensors, key)
         rows = ref.shape[0] if ref.shape else 1
         match home.spot.op:
             case "rows":
@@ -102,14 +101,6 @@ class Base:
         sizes = tables.sizes(self.family, home.component, home.spot.parts)
         weight = self.tensors.get(f"{key.removesuffix('bias')}weight", self.tensors[key])
         return cut(home.spot, Read(self.tensors[key]), sizes, weight.shape)
-
-    def _refuse_quantised(self, key: str, ref: TensorRef) -> None:
-        marks = [mark for mark in _SCALES if f"{key.removesuffix('.weight')}.{mark}" in self.tensors]
-        if ref.dtype not in FLOATS or marks:
-            why = f"its values are {ref.dtype}" + (f" beside {marks[0]}" if marks else "")
-            raise Unsupported(
-                f"{key} is quantised ({why}): collapse into the weights it was made of", path=self.file.path
-            )
 
     def weights(self) -> Iterator[tuple[tuple[str, str], Expr]]:
         """(component, path) -> canonical weight, of every module whose weight is stored as it is."""

@@ -11,7 +11,7 @@ from hubtool.layouts.parse import Parsed, recognise
 from hubtool.layouts.unwrap import unwrapped
 from hubtool.ops.diff import adapters, tensors
 from hubtool.ops.diff.report import Difference
-from hubtool.ops.extract.pairing import side, sides
+from hubtool.ops.sides import side, sides
 from hubtool.tensors.expr import Expr, Read
 
 Progress = Callable[[int], None]
@@ -36,7 +36,8 @@ def compare(
         hint = "collapse the adapter into its base first, or extract one from the checkpoint"
         raise UsageProblem(text, path=(first if mine else second).path, hint=hint)
     if all(checkpoints):
-        return tensors.checkpoints(*sides(first, second, family), workers, progress)
+        ours, others = sides((first, second), family)
+        return tensors.checkpoints(ours, others, workers, progress)
     return tensors.compare("tensors", None, _tensors(first), _tensors(second), workers, progress)
 
 

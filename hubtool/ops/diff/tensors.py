@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from hubtool.ops.diff.report import OTHER, Difference, Entry, Moments, Unlike, unlike_shapes
 from hubtool.ops.extract import pool
-from hubtool.ops.extract.pairing import Side, same_matrix
+from hubtool.ops.extract.pairing import same_matrix
 from hubtool.ops.extract.pool import Room
+from hubtool.ops.sides import Side
 from hubtool.tensors import expr as e
 from hubtool.tensors.dtypes import TORCH_NAME, numel
 from hubtool.tensors.expr import Expr

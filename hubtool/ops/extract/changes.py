@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hubtool.ops.extract.pairing import Pairs, ParameterKey
+from hubtool.ops.extract.pairing import Pairs
 from hubtool.ops.extract.pool import Room
+from hubtool.ops.sides import ParameterKey
 from hubtool.tensors.expr import Compute, Expr
 
 if TYPE_CHECKING:

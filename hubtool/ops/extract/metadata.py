@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from hubtool.layouts import tables
-from hubtool.ops.extract.pairing import Side
 from hubtool.ops.extract.report import Module
+from hubtool.ops.sides import Side
 from hubtool.types import Shape
 
 

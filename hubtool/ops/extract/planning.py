@@ -17,7 +17,7 @@ from hubtool.ops.adapters import container_of
 from hubtool.ops.containers import config_losses
 from hubtool.ops.extract import changes, metadata
 from hubtool.ops.extract.factors import Decomposed, decompose, memory
-from hubtool.ops.extract.pairing import Pair, Pairs, ParameterKey, Side, pair, refuse_quantised
+from hubtool.ops.extract.pairing import Pair, Pairs, pair
 from hubtool.ops.extract.pool import Progress, Room
 from hubtool.ops.extract.report import Component, Module, Report
 from hubtool.ops.extract.request import DTYPES, Request
@@ -26,6 +26,8 @@ from hubtool.ops.extract.spectrum import within
 from hubtool.ops.extract.units import Sorted, Unit, sort
 from hubtool.ops.factor_space.budget import ranks as ranks_of
 from hubtool.ops.plan import Plan
+from hubtool.ops.quantised import refuse_quantised
+from hubtool.ops.sides import ParameterKey, Side
 from hubtool.tensors import expr as e
 from hubtool.tensors.dtypes import BITS, numel
 from hubtool.tensors.expr import Cols, Expr
@@ -71,7 +73,7 @@ def prepare(base: Side, tuned: Side, request: Request) -> Task:
     """What there is to do; only headers were read. Raises ``UsageProblem``, ``ShapeMismatch``, ``Unsupported``, ``ConversionError``."""
     request.check()
     for one in (base, tuned):
-        refuse_quantised(one)
+        refuse_quantised(one.file, one.source.tensors)
     pairs = pair(base, tuned)
     found = sort(pairs, request)
     if not found.units and not found.dense:

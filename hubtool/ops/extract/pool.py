@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from hubtool.errors import UsageProblem
+from hubtool.tensors.device import check_device
 from hubtool.tensors.dtypes import BITS, numel
 from hubtool.tensors.evaluate import compute, is_bytes, torch_dtype
 from hubtool.tensors.expr import Cast, Expr
+from hubtool.tensors.progress import Progress, expect
 from hubtool.tensors.reading import Sources
 from hubtool.tensors.tiles import Bench, Window
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-Progress = Callable[[int], None]
 MEMORY = 256 << 20  # bytes that jobs under way may hold together; a larger one runs alone
 
 
@@ -132,6 +132,7 @@ def run(
     """
     check_device(device)
     weights = [weight(job) for job in jobs]
+    expect(progress, sum(weights))
     queue, results, lock = _Queue(weights, memory), dict[int, R](), threading.Lock()
 
     def loop() -> None:
@@ -153,18 +154,6 @@ def run(
         for future in as_completed(futures):
             future.result()
     return [results[i] for i in range(len(jobs))]
-
-
-def check_device(device: str) -> None:
-    """Raise ``UsageProblem`` for a device that torch cannot compute on here."""
-    kind = device.partition(":")[0]
-    if kind == "cpu":
-        return
-    import torch
-
-    if kind != "cuda" or not torch.cuda.is_available():
-        hint = "cpu always works; cuda needs a GPU and a torch that was built for it"
-        raise UsageProblem(f"torch cannot compute on {device!r} here", hint=hint)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from hubtool.layouts import tables, vocabulary
 from hubtool.layouts.detect import size_of
 from hubtool.layouts.naming import Place
-from hubtool.ops.extract.pairing import Pair, Pairs, ParameterKey
+from hubtool.ops.extract.pairing import Pair, Pairs
 from hubtool.ops.extract.request import Request
+from hubtool.ops.sides import ParameterKey
 from hubtool.tensors import expr as e
 from hubtool.tensors.dtypes import FLOATS, numel
 from hubtool.tensors.expr import Expr

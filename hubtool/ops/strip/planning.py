@@ -12,9 +12,9 @@ from hubtool.layouts.checkpoints import Checkpoint, homes
 from hubtool.layouts.parse import Parsed, recognise
 from hubtool.ops import checkpoint_folder
 from hubtool.ops.containers import container
-from hubtool.ops.extract.pairing import Side, side
 from hubtool.ops.folder_plan import FORMAT, FolderPlan
 from hubtool.ops.plan import Plan
+from hubtool.ops.sides import Side, side
 from hubtool.ops.strip.casting import DTYPES, Caster
 from hubtool.tensors import expr as e
 from hubtool.tensors.expr import Expr
