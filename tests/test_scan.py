@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hubtool.actions import library, scan_record
+from hubtool.actions import lineage, scan_record
 from hubtool.actions.scan import ScanResult, scan
 from hubtool.actions.scan_walk import walk
 from hubtool.actions.verify import verify
@@ -459,7 +459,7 @@ def test_an_output_is_recorded_with_its_parents(store: Store, root: Path, tmp_pa
     source = lora(root / "a.safetensors")
     run(store, root)
     stranger, output = lora(tmp_path / "s.safetensors", 8), lora(tmp_path / "out" / "o.safetensors", 9)
-    uid = library.record_output(store, output, [source, stranger], "merge", {"method": "svd"}, strengths=[0.5])
+    uid = lineage.record_output(store, output, [source, stranger], "merge", {"method": "svd"}, strengths=[0.5])
     assert uid is not None
     row = browse.find(store, uid)
     edges = browse.lineage(store, row.key)["parents"]
@@ -467,12 +467,12 @@ def test_an_output_is_recorded_with_its_parents(store: Store, root: Path, tmp_pa
     assert edges[0]["id"] == browse.find(store, str(source)).id
     assert edges[1]["id"] is None
     assert len(edges[1]["ref"]) == 64
-    assert library.record_output(store, output, [stranger], "convert") is None
+    assert lineage.record_output(store, output, [stranger], "convert") is None
 
 
 def test_a_conversion_outside_of_any_library_makes_none(tmp_path: Path) -> None:
     target = tmp_path / "none.sqlite3"
-    assert library.record_conversion(str(target), tmp_path / "o", [tmp_path / "i"], "convert") is None
+    assert lineage.record_conversion(str(target), tmp_path / "o", [tmp_path / "i"], "convert") is None
     assert not target.exists()
 
 

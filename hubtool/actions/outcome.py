@@ -28,7 +28,7 @@ def recorded(
     """
     if not library_exists(library):
         return None
-    from hubtool.actions.library import record_conversion
+    from hubtool.actions.lineage import record_conversion
 
     try:
         record_conversion(library, output, list(inputs), operation, dict(parameters))

@@ -1,7 +1,8 @@
 """extract at rank 32 from two SD1.5 checkpoints (2.1 GB each): ``python -m tests.benchmarks.bench_extract [FOLDER]``.
 
 The tuned one is the base, 64 directions of falling strength (4 %) and noise (1 %), made in FOLDER (a temporary one by default; 5 GB free).
-Full SVDs are timed for one module of every shape and counted; errors are compared with the optimum of a fp64 SVD for a few modules.
+SVDs are timed for one module of every shape and counted: whole ones, as sd-scripts' extract_lora_from_models.py takes them, and thin ones;
+errors are compared with the optimum of a fp64 SVD for a few modules.
 Prints one JSON document.
 """
 
@@ -55,7 +56,7 @@ def measured(base: Path, tuned: Path, folder: Path, kind: str) -> dict[str, Any]
     assert first is not None
     assert second is not None
     units = sort(pair(first, second), Request(kind=kind, budget=Budget(rank=RANK))).units
-    full = full_svd(units, kind == "locon")
+    full, thin = (svd(units, kind == "locon", whole) for whole in (True, False))
     seconds = sorted(one.seconds for one in runs)[ROUNDS // 2]
     ratios = [errors[unit.name] / optimum(unit) for unit in sampled(units)]
     return {
@@ -64,18 +65,19 @@ def measured(base: Path, tuned: Path, folder: Path, kind: str) -> dict[str, Any]
         "anon_mb": round(max(one.anon for one in runs) / 1e6),
         "full_svd_seconds": round(full, 1),
         "share_of_full_svd": round(seconds / full, 3),
+        "share_of_thin_svd": round(seconds / thin, 3),
         "error_vs_optimum": {"worst": round(max(ratios), 5), "modules": len(ratios)},
     }
 
 
-def full_svd(units: list[Unit], convolutions: bool) -> float:
-    """Seconds of thin SVDs over all modules, from one of every shape."""
+def svd(units: list[Unit], convolutions: bool, whole: bool) -> float:
+    """Seconds of whole or thin SVDs over all modules, from one of every shape."""
     counts = Counter(unit.sizes for unit in units if convolutions or not unit.convolution)
     total = 0.0
     for sizes, count in counts.items():
         matrix = torch.randn(sizes)
         start = time.perf_counter()
-        torch.linalg.svd(matrix, full_matrices=False)
+        torch.linalg.svd(matrix, full_matrices=whole)
         total += count * (time.perf_counter() - start)
     return total
 
