@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hubtool.actions.convert import convert
+    from hubtool.actions.distill import distill
     from hubtool.actions.generate import generate, pipeline
     from hubtool.actions.hub import Hub
     from hubtool.actions.inspect import inspect
     from hubtool.actions.load import load, save, unload
+    from hubtool.actions.pipeline_export import export
     from hubtool.actions.scan import scan
     from hubtool.formats import open_file
 
@@ -23,6 +25,8 @@ __all__ = [
     "Hub",
     "__version__",
     "convert",
+    "distill",
+    "export",
     "generate",
     "inspect",
     "load",
@@ -36,6 +40,8 @@ __all__ = [
 _HOMES = {
     "Hub": "hubtool.actions.hub",
     "convert": "hubtool.actions.convert",
+    "distill": "hubtool.actions.distill",
+    "export": "hubtool.actions.pipeline_export",
     "generate": "hubtool.actions.generate",
     "inspect": "hubtool.actions.inspect",
     "load": "hubtool.actions.load",

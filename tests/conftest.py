@@ -28,7 +28,9 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_library(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HUBTOOL_LIBRARY", str(tmp_path_factory.mktemp("library") / "library.sqlite3"))
+    folder = tmp_path_factory.mktemp("library")
+    monkeypatch.setenv("HUBTOOL_LIBRARY", str(folder / "library.sqlite3"))
+    monkeypatch.setenv("HUBTOOL_CACHE", str(folder / "cache"))
 
 
 @pytest.fixture(autouse=True)

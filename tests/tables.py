@@ -1,7 +1,7 @@
 """Development command: write the derived data of ``schemas/``, or check it.
 
 python -m tests.tables vocabularies [--check] [NAME...]   what the installed libraries build, one file a model
-python -m tests.tables index [--check]                    which families know which module names; run it after changing a table
+python -m tests.tables index [--check]                    what is derived from the tables; run it after changing one
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hubtool import resources
 from hubtool.layouts import index
@@ -41,7 +43,7 @@ def packed(content: bytes) -> bytes:
 
 def is_current(name: str) -> bool:
     """Whether the file says what the libraries say. Compares content: zlib's bytes differ between builds."""
-    return path(name).is_file() and gzip.decompress(path(name).read_bytes()) == text(name)
+    return _says(path(name), text(name))
 
 
 def write(names: Sequence[str]) -> None:
@@ -59,20 +61,40 @@ def check(names: Sequence[str]) -> int:
     return 1 if stale else 0
 
 
-def _index() -> bytes:
-    return json.dumps(index.build(), separators=(",", ":")).encode() + b"\n"
+def parsed() -> dict[str, tuple[int, str]]:
+    """What ``hubtool.resources`` keeps of every table: (checksum of its TOML, its content as JSON), by name."""
+    folder = resources.schemas()
+    raws = {path: path.read_bytes() for path in sorted(folder.rglob("*.toml"))}
+    return {
+        path.relative_to(folder).as_posix(): (zlib.crc32(raw), _json(resources.parse(raw, path)))
+        for path, raw in raws.items()
+    }
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, separators=(",", ":"))
+
+
+DERIVED: Mapping[str, Callable[[], Any]] = {"index.json.gz": index.build, "parsed.json.gz": parsed}
 
 
 def index_main(*, check_only: bool) -> int:
-    target = resources.schemas() / "index.json.gz"
-    if target.is_file() and gzip.decompress(target.read_bytes()) == _index():
-        return 0
-    if check_only:
-        print(f"{target.name} is not what the tables say")
-        return 1
-    target.write_bytes(packed(_index()))
-    print(f"wrote {target.name}")
-    return 0
+    stale = [name for name, make in DERIVED.items() if not _says(resources.schemas() / name, _derived(make))]
+    for name in stale:
+        if check_only:
+            print(f"{name} is not what the tables say")
+        else:
+            (resources.schemas() / name).write_bytes(packed(_derived(DERIVED[name])))
+            print(f"wrote {name}")
+    return 1 if stale and check_only else 0
+
+
+def _derived(make: Callable[[], Any]) -> bytes:
+    return _json(make()).encode() + b"\n"
+
+
+def _says(path: Path, content: bytes) -> bool:
+    return path.is_file() and gzip.decompress(path.read_bytes()) == content
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import pytest
 from hubtool.actions import civitai as action
 from hubtool.actions.scan import scan
 from hubtool.errors import HubError, PartialFailure, UsageProblem
-from hubtool.hub import civitai, civitai_text
+from hubtool.hub import civitai
 from hubtool.hub.civitai import Civitai, Pace
 from hubtool.registry import browse, hub_facts
 from hubtool.registry.store import Store
@@ -379,41 +379,6 @@ def test_the_address_may_be_named_and_must_be_one(monkeypatch: pytest.MonkeyPatc
         assert "secret" not in str(caught.value)
 
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    '<a href="javascript:alert(1)">x</a>',
-    '<a href="data:text/html,x">x</a>',
-    '<iframe src="https://x"></iframe>',
-    "<svg/onload=alert(1)>",
-    '<p style="background:url(https://x)">x</p>',
-    "<math><mtext><style><img src=x onerror=alert(1)>",
-    '<a href="//evil.example">x</a>',
-]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_html_loses_everything_that_could_act(text: str) -> None:
-    clean = civitai_text.sanitise(text).lower()
-    assert not any(
-        mark in clean
-        for mark in ("<script", "onerror", "onload", "javascript:", "data:", "<i" + "frame", "<img", "style", "//evil")
-    )
-
-
-def test_html_keeps_simple_markup_and_web_links() -> None:
-    kept = civitai_text.sanitise('<p>Use <strong>0.8</strong>, see <a href="https://x.example/a">this</a></p>')
-    assert (
-        kept
-        == '<p>Use <strong>0.8</strong>, see <a href="https://x.example/a" rel="noopener noreferrer nofollow ugc">this</a></p>'
-    )
-
-
-def test_html_becomes_plain_text() -> None:
-    text = civitai_text.plain("<p>One &lt;lora:x:1&gt; &amp;  two</p><ul><li>a</li><li>b</li></ul><script>x</script>")
-    assert text == "One <lora:x:1> & two\na\nb"
-
-
 def test_descriptions_are_plain_text_from_both_places(
     store: Store, server: CivitaiServer, client: Civitai, clock: Clock
 ) -> None:
@@ -421,6 +386,10 @@ def test_descriptions_are_plain_text_from_both_places(
     facts = lookup(store, client, clock).found[0].facts
     assert facts is not None
     assert facts.description == "Use at 0.8\n\nA style"
+    assert (
+        facts.description_html
+        == '<p>Use at <strong>0.8</strong></p>\n<p>A <a rel="noopener noreferrer nofollow ugc">style</a></p>'
+    )
 
 
 @pytest.mark.parametrize(
@@ -439,16 +408,6 @@ def test_odd_answers_are_read_as_far_as_they_make_sense(
     found = lookup(store, client, clock)
     assert found.counts["known"] == 1
     json.dumps(found.to_json())
-
-
-def test_files_that_are_no_list_prove_nothing() -> None:
-    for files in (None, 3, [3], [{"hashes": 3}], [{"hashes": {"SHA256": 3}}], [{"hashes": {"SHA256": "zz"}}]):
-        assert civitai_text.find_file({"files": files}, {"sha256": "ab" * 32}) == ({}, None)
-
-
-def test_the_hash_of_no_tensors_names_nothing() -> None:
-    document = {"files": [{"hashes": {"AutoV3": civitai_text.EMPTY.upper()}}]}
-    assert civitai_text.find_file(document, {"payload_sha256": civitai_text.EMPTY + "0" * 52}) == ({}, None)
 
 
 def test_what_civitai_said_is_read_without_a_network(

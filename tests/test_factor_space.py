@@ -80,15 +80,18 @@ def test_every_kind_is_added_exactly_or_refused_with_the_reason(name: str) -> No
 def test_every_kind_alone_is_copied_at_strength_one_and_scaled_or_refused_at_another(name: str) -> None:
     patch, shape = patches.CASES[name]
     assert merged({0: patch}, (1.0,)) is patch
-    if patch.needs_base:
+    if patch.needs_base and patch.algorithm != "ia3":
         with pytest.raises(Unsupported):
             merged({0: patch}, (-0.5,))
         return
     made = merged({0: patch}, (-0.5,))
     assert type(made) is type(patch)
-    torch.testing.assert_close(made.delta(torch.zeros(shape)), -0.5 * patch.delta(torch.zeros(shape)))
-    if patch.bias_delta() is not None:
-        torch.testing.assert_close(made.bias_delta(), -0.5 * patch.bias_delta())
+    base = torch.full(shape, 2.0)
+    torch.testing.assert_close(made.delta(base), -0.5 * patch.delta(base))
+    bias = torch.ones(shape[0])
+    changed = patch.bias_delta(bias)
+    if changed is not None:
+        torch.testing.assert_close(made.bias_delta(bias), -0.5 * changed)
 
 
 def test_norms_are_summed_as_norms() -> None:

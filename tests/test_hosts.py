@@ -101,6 +101,11 @@ FORMS = {
     "onetrainer-bfl": ("transformer.double_blocks.0.img_attn.qkv.0", SUFFIX),
     "bfl": ("double_blocks.0.img_attn.qkv", PEFT),
     "diffusers": ("unet.down_blocks.0.attentions.0.proj_in", PEFT),
+    "hcp": ("down_blocks.0.attentions.0.proj_in.___", {"up": "layer.lora_up.weight", "down": "layer.lora_down.weight"}),
+    "diffsynth": (
+        "down_blocks.0.attentions.0.proj_in",
+        {"up": "lora_B.default.weight", "down": "lora_A.default.weight"},
+    ),
     "cloneofsimo": ("unet:0", {}),
 }
 QV = tuple(("text_encoder", f"layers.0.self_attn.{name}") for name in ("q_proj", "v_proj"))
@@ -140,6 +145,7 @@ SPECIAL: Mapping[str, Subject] = {
     "mixed names": subject("sdxl", SGM, DIFFUSERS),
     "q and v alone": subject("sd1", *TE[:2], paths=QV),
     "no out_proj": subject("sd1", *TE, paths=QV_MLP),
+    "te2 beside diffusers names": subject("sdxl", DIFFUSERS, "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
     "text_projection": subject("sdxl", SGM, "lora_te2_text_projection"),
     "dora per input": subject("sd1", STEM, dora=(1, 8)),
     "dora per output": subject("sd1", STEM, dora=(8, 1)),
@@ -258,6 +264,10 @@ def test_a_word_that_means_nothing_is_refused() -> None:
         ("early lokr", "comfyui", "not known", ""),
         ("split_qkv", "comfyui", "partly", "a third"),
         ("peft folder", "peft", "yes", ""),
+        ("te2 beside diffusers names", "hcp", "no", "end in an error"),
+        ("te2 beside diffusers names", "forge", "yes", ""),
+        ("te2 beside diffusers names", "diffsynth", "partly", "text encoders"),
+        ("stale metadata", "forge", "no", ".processor."),
     ],
 )  # fmt: skip
 def test_known_bugs_are_told(name: str, host: str, reads: str, words: str) -> None:

@@ -110,6 +110,13 @@ LOCAL = {  # class: (arguments, what is said)
     "FileDuplicationError": (("x",), "two names for one file"),
     "XetDownloadError": (("x",), "the Xet transfer failed"),
     "DryRunError": (("x",), "local cache"),
+    "XetAuthenticationError": (("x",), "the Xet transfer failed"),
+    "XetObjectNotFoundError": (("x",), "the Xet transfer failed"),
+    "CachedRepoTreeNotFoundError": (("x",), "local cache"),
+    "OIDCError": (("x",), "signing in failed"),
+    "DeviceCodeError": (("x",), "signing in failed"),
+    "UnicodeDecodeError": (("utf-8", b"\xff", 0, 1, "bad"), "something else than a hub"),
+    "ProxyError": (("x",), "no connection"),
     "ReadError": (("reset",), "broke"),
     "RemoteProtocolError": (("cut",), "broke"),
     "ReadTimeout": (("slow",), "in time"),
@@ -123,13 +130,14 @@ LOCAL = {  # class: (arguments, what is said)
 
 
 def local_error(name: str) -> BaseException:
-    """An exception of huggingface_hub, of httpx, or a builtin one."""
+    """An exception of huggingface_hub, of httpx, of hf_xet, or a builtin one."""
     import builtins
 
+    import hf_xet
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
-    kind = next(getattr(home, name) for home in (builtins, errors, httpx) if hasattr(home, name))
+    kind = next(getattr(home, name) for home in (builtins, errors, httpx, hf_xet) if hasattr(home, name))
     found: BaseException = kind(*LOCAL[name][0])
     return found
 
@@ -190,6 +198,22 @@ def test_a_token_goes_to_the_endpoint_only(hub: LocalHub) -> None:
 def test_a_token_does_not_travel_unencrypted_to_another_machine(endpoint: str) -> None:
     assert not Client(endpoint, SECRET).has_token
     assert Client(endpoint.replace("http:", "https:"), SECRET).has_token
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(401, {}), (403, {}), (404, {"X-Error-Code": "RepoNotFound"}), (401, {"X-Error-Code": "GatedRepo"})],
+)
+def test_a_hub_over_plain_http_is_told_why_it_gets_no_token(status: int, headers: dict[str, str]) -> None:
+    for endpoint, told in (
+        ("http://10.0.0.5:8080", True),
+        ("https://10.0.0.5", False),
+        ("http://127.0.0.1:8080", False),
+    ):
+        found = explain(raised(status, headers, f"{endpoint}/api/models/owner/name"), REF, endpoint)
+        assert ("no token is sent over plain http" in str(found.hint)) is told
+    missing = explain(raised(404, {"X-Error-Code": "EntryNotFound"}), REF, "http://10.0.0.5:8080")
+    assert "plain http" not in str(missing.hint)
 
 
 def test_an_endpoint_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hubtool.actions.load import load
-from hubtool.actions.publish import Options, publish
+from hubtool.actions.publish import publish
 from hubtool.actions.publish_facts import Said
+from hubtool.actions.publish_result import Options
 from hubtool.errors import HubtoolError
 from hubtool.hub.client import Client
 from hubtool.layouts.emit import emit
 from hubtool.ops.execute import write
 from tests.support import publishing, tiny
 from tests.support.checkpoints import saved
+from tests.support.loading import BASE, in_another_process, put_base, snippet
 
 if TYPE_CHECKING:
     from tests.support.hub import LocalHub
@@ -29,40 +28,8 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.support.hub"]
 pytestmark = pytest.mark.slow
 
-BASE = "tester/tiny-sd1"
 SAID = Said(family="sd1", base_models=(BASE,), licence="creativeml-openrail-m", words=("a sks dog",))
 _PICTURE = "from tests.support.tiny import picture\nimport torch\ntorch.save(picture(pipe), 'out.pt')\n"
-
-
-def put_base(hub: LocalHub, folder: Path, repo: str = BASE) -> Path:
-    base = saved("sd1", folder)
-    hub.put(repo, {path.relative_to(base).as_posix(): path for path in base.rglob("*") if path.is_file()})
-    return base
-
-
-def in_another_process(hub: LocalHub, folder: Path, code: str) -> None:
-    script = folder / "script.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, script.name],
-        cwd=folder,
-        env=hub.environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def snippet(hub: LocalHub, repo: str) -> str:
-    """The first snippet of the published card, with fewer steps: nobody looks at the picture."""
-    card = hub.files(repo)["README.md"].decode()
-    match = re.search(r"```py\n(.*?)```", card, re.DOTALL)
-    assert match
-    code = match[1]
-    assert ").images[0]" in code
-    return code.replace(").images[0]", ", num_inference_steps=2).images[0]")
 
 
 def lora(folder: Path, layout: str) -> Path:

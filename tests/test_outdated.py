@@ -18,50 +18,17 @@ from hubtool.cli.main import cli
 from hubtool.errors import HubError, HubtoolError, NotFound, PartialFailure
 from hubtool.registry import browse, hub_facts
 from hubtool.registry.hub_store import Origin
-from tests.support.files import floats, safetensors_bytes, write_safetensors
+from tests.support.files import floats, write_safetensors
+from tests.support.linking import DOWN, FILE, REPO, UP, lora, rescan, tie
 
 if TYPE_CHECKING:
     from tests.support.hub import LocalHub  # pytest_plugins imports it first
 
-pytest_plugins = ["tests.support.hub"]
-REPO = "tester/style"
-FILE = "style.safetensors"
-DOWN = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
-UP = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
-
-
-def lora(number: int) -> bytes:
-    return safetensors_bytes({DOWN: floats(2, 4, start=number), UP: floats(4, 2, start=number)})
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    (folder / FILE).write_bytes(lora(1))
-    rescan(folder)
-    return folder
-
-
-def rescan(folder: Path) -> None:
-    with open_store() as store:
-        scan(store, [str(folder)])
+pytest_plugins = ["tests.support.hub", "tests.support.linked"]
 
 
 def statuses(*refs: str) -> list[tuple[str, str]]:
     return [(one.verdict.status, one.tie.local) for one in outdated(None, refs)]
-
-
-def tie(ref: str | Path, target: str) -> None:
-    with open_store() as store:
-        link(store, str(ref), target)
-
-
-@pytest.fixture
-def linked(hub: LocalHub, models: Path) -> LocalHub:
-    hub.put(REPO, {FILE: lora(1), "README.md": "# Style"})
-    tie(models / FILE, REPO)
-    return hub
 
 
 def origins() -> list[Origin]:

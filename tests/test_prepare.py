@@ -86,6 +86,29 @@ def test_broken_tiny_and_blank_pictures_are_dropped_with_their_reason(folder: Pa
     assert {name: words[name] in reason for name, reason in done.dropped.items()} == dict.fromkeys(words, True)
 
 
+def test_a_mask_that_cannot_be_read_drops_its_picture_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.mask.png").write_text("no mask")
+    done = run(folder, tmp_path, masks=True)
+    assert len(done.kept) == 2
+    assert done.dropped["a.png"].startswith("a.mask.png: this is no readable image")
+    assert len(prepare(folder, None, Options(**SMALL), dry_run=True).kept) == 3
+
+
+def test_greys_of_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "in" / "deep.png")
+    run(tmp_path / "in", tmp_path)
+    with Image.open(tmp_path / "out" / "deep.png") as picture:
+        made = np.asarray(picture.convert("L"), dtype=np.float64)
+    assert np.abs(made - values / 257.0).max() < 2.0
+
+
+def test_a_token_that_is_not_named_stays_for_training_to_fill(folder: Path, tmp_path: Path) -> None:
+    made = run(folder, tmp_path, captions="template", template=("a photo of {token}, {name}",))
+    assert {one.caption for one in made.kept} == {"a photo of {token}, a", "a photo of {token}, b"}
+
+
 def test_blurred_pictures_are_dropped_when_asked(folder: Path, tmp_path: Path) -> None:
     sharp = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     sharp.save(folder / "sharp.png")
@@ -273,7 +296,7 @@ def clipseg(folder: Path) -> Path:
     """A CLIPSeg of random weights, with the tiny CLIP tokenizer."""
     from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor, ViTImageProcessor
 
-    from hubtool.pipelines.tiny.encoders import tokenizer
+    from hubtool.pipelines.tiny.tokenizers import tokenizer
 
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPSegConfig(

@@ -13,8 +13,9 @@ import pytest
 
 from hubtool.actions.hub import Hub
 from hubtool.actions.library import open_store, reading
-from hubtool.actions.publish import Options, Result, publish
+from hubtool.actions.publish import publish
 from hubtool.actions.publish_facts import Said
+from hubtool.actions.publish_result import Options, Result
 from hubtool.actions.scan import scan
 from hubtool.errors import HubError, HubtoolError, UnsafeFile, UsageProblem
 from hubtool.hub.client import Client
@@ -362,7 +363,7 @@ def test_the_library_keeps_a_receipt_with_every_hash(hub: LocalHub, tmp_path: Pa
 
 
 def test_a_merge_names_the_repositories_of_its_parents(hub: LocalHub, tmp_path: Path) -> None:
-    from hubtool.actions.library import record_output
+    from hubtool.actions.lineage import record_output
     from hubtool.registry import browse, hub_store
     from hubtool.registry.text import raw_path
 

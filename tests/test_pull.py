@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hubtool.actions.pull import Options, pull
+from hubtool.actions.pull import pull
+from hubtool.actions.pull_result import Options
 from hubtool.errors import FileError, UsageProblem, WouldOverwrite
 from tests.support.pulling import CARD, CONTENT, leftovers, lora, noise, quick, run
 
@@ -219,7 +220,25 @@ def test_a_resumed_pull_asks_with_range_and_if_range(hub: LocalHub, out: Path) -
     run(hub, "tester/style/a.safetensors", out, index=False)
     [request] = hub.log("/get/")
     assert request["range"].startswith("bytes=2")
+    assert (request["if_range"], request["status"]) == (f'"{hashlib.sha256(data).hexdigest()}"', 206)
     assert request["sent"] < 2_000_001
+
+
+def test_a_part_of_a_file_that_changed_in_the_storage_is_thrown_away(hub: LocalHub, out: Path) -> None:
+    """The server honours If-Range (RFC 9110 13.1.5): another ETag, so the whole file comes, and none of the part stays."""
+    data = noise(4_000_000)
+    hub.put("tester/style", {"a.safetensors": data})
+    interrupted(hub, out, 2_000_000)
+    [part] = [path for path in out.glob(".*") if path.suffix != ".json"]
+    part.write_bytes(b"of another version" * 100_000)
+    hub.requests.clear()
+    hub.fault("set_headers", "/get/", "GET", headers={"ETag": '"changed"'})
+    done = run(hub, "tester/style/a.safetensors", out, index=False)
+    [request] = hub.log("/get/")
+    assert (request["range"], request["status"], request["sent"]) == ("bytes=1800000-", 200, len(data))
+    assert (done.items[0].received, done.items[0].resumed) == (len(data), 0)
+    assert (out / "a.safetensors").read_bytes() == data
+    assert os.listdir(out) == ["a.safetensors"]
 
 
 def test_a_full_disk_is_said_and_what_had_arrived_stays(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hubtool.actions.library import open_store
-from hubtool.actions.pull import Options, pull
+from hubtool.actions.pull import pull
+from hubtool.actions.pull_result import Options
 from hubtool.errors import CorruptFile, HubError, NotFound
 from hubtool.hub.client import Client
 from tests.support.pulling import CARD, CONTENT, leftovers, lora, noise, run
@@ -189,42 +188,3 @@ def test_a_pulled_lora_loads_by_name_in_the_library(hub: LocalHub, out: Path) ->
     assert hub.run("pull", "tester/style", "-o", str(out)).returncode == 0
     listed = json.loads(hub.run("ls", "trigger:sks", "--json").stdout)
     assert [row["name"] for row in listed] == ["a.safetensors"]
-
-
-_PEAK = """
-import sys
-from pathlib import Path
-from hubtool.actions.pull import Options, pull
-done = pull(["tester/big/big.safetensors"], Options(Path(sys.argv[1]), index=False))[0]
-assert done.items[0].error is None, done.items[0].error
-print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # of this program, not of who started it
-"""
-
-
-def sparse(hub: LocalHub, size: int) -> None:
-    """A large file of zeros in the store, that takes no room."""
-    digest = hashlib.sha256()
-    block = bytes(1 << 20)
-    for _ in range(size >> 20):
-        digest.update(block)
-    path = Path(hub.store.path("lfs", digest.hexdigest()))
-    with open(path, "wb") as file:
-        file.truncate(size)
-    hub.put("tester/big", {})
-    repo = hub.store.repos[("model", "tester/big")]
-    head = repo["branches"]["main"]
-    files = {**repo["commits"][head]["files"], "big.safetensors": hub.store.lfs_entry(digest.hexdigest(), size)}
-    hub.store.commit(repo, "main", files, "big", "", "tester", [head])
-
-
-def test_memory_does_not_grow_with_the_file(hub: LocalHub, out: Path) -> None:
-    peaks = []
-    for size in (16 << 20, 144 << 20):
-        sparse(hub, size)
-        folder = out / str(size)
-        command = [sys.executable, "-c", _PEAK, str(folder)]
-        done = subprocess.run(command, env=hub.environment(), capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert (folder / "big.safetensors").stat().st_size == size
-        peaks.append(int(done.stdout))
-    assert peaks[1] < peaks[0] + 40_000  # kilobytes; the file grew by 128 MB

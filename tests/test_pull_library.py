@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hubtool.actions.library import open_store
-from hubtool.actions.pull import Options, pull
+from hubtool.actions.pull import pull
+from hubtool.actions.pull_result import Options
 from hubtool.actions.scan import scan
 from hubtool.errors import HubError, UsageProblem
 from hubtool.hub.client import Client
 from hubtool.registry import browse, hub_facts
 from tests.support.files import floats, safetensors_bytes
-from tests.support.pulling import CARD, CONTENT, lora, noise, quick, run
+from tests.support.pulling import CARD, CONTENT, MODULE, lora, noise, quick, run
 
 if TYPE_CHECKING:
     from tests.support.hub import LocalHub  # pytest_plugins imports it first
@@ -47,6 +48,28 @@ def test_the_library_knows_origin_and_card(hub_both: LocalHub, out: Path) -> Non
     assert card is not None
     assert card.base_models == ("stabilityai/stable-diffusion-xl-base-1.0",)
     assert card.license == "openrail++"
+
+
+def test_the_base_that_a_card_names_is_a_fact_of_the_file(hub: LocalHub, out: Path) -> None:
+    hub.put("tester/style", {"a.safetensors": lora(), "README.md": CARD})
+    run(hub, "tester/style", out)
+    found = json.loads(hub.run("ls", "base:stable-diffusion-xl-base", "--json").stdout)
+    assert [row["base_model"] for row in found] == ["stabilityai/stable-diffusion-xl-base-1.0"]
+    assert json.loads(hub.run("show", found[0]["id"], "--json").stdout)["base_model"] == found[0]["base_model"]
+    (out / "a.safetensors").rename(out / "b.safetensors")
+    assert hub.run("scan", str(out)).returncode == 0
+    assert [row["name"] for row in json.loads(hub.run("ls", "base:xl-base", "--json").stdout)] == ["b.safetensors"]
+
+
+def test_the_base_that_a_file_names_itself_stays(hub: LocalHub, out: Path) -> None:
+    own = safetensors_bytes(
+        {f"{MODULE}.lora_down.weight": floats(4, 8), f"{MODULE}.lora_up.weight": floats(8, 4)},
+        {"ss_sd_model_name": "mine.safetensors"},
+    )
+    hub.put("tester/style", {"a.safetensors": own, "README.md": CARD})
+    run(hub, "tester/style", out)
+    [row] = json.loads(hub.run("ls", "--json").stdout)
+    assert row["base_model"] == "mine.safetensors"
 
 
 def test_what_is_broken_on_the_hub_is_said(hub: LocalHub, out: Path) -> None:

@@ -102,6 +102,9 @@ def test_a_list_of_another_length_names_the_lengths() -> None:
     with pytest.raises(UsageProblem, match="3 block weights") as error:
         parse(blocks="1,0,1").resolved("sdxl")
     assert error.value.hint == "its lists have 12, 19, 20 numbers"
+    with pytest.raises(UsageProblem, match="12 block weights for sd1") as error:
+        parse(blocks=",".join("1" * 12)).resolved("sd1")
+    assert (error.value.hint or "").startswith("its lists have 17, 25, 26 numbers; 12 are those of sdxl")
 
 
 def test_unknown_blocks_and_families_are_refused() -> None:

@@ -16,50 +16,21 @@ from hubtool.actions.hub_known import hub_known
 from hubtool.actions.library import open_store
 from hubtool.actions.link import link
 from hubtool.actions.outdated import outdated
-from hubtool.actions.publish import Options, publish
-from hubtool.actions.scan import scan
+from hubtool.actions.publish import publish
+from hubtool.actions.publish_again import again
+from hubtool.actions.publish_result import Options
 from hubtool.cli.main import cli
 from hubtool.errors import HubtoolError, PartialFailure
 from hubtool.registry import browse, hub_facts
 from hubtool.registry.hub_store import PublishedFile, Receipt, record_receipt
 from tests.support.civitai_server import CivitaiServer, civitai_server
-from tests.support.files import floats, safetensors_bytes
 from tests.support.library import tag
+from tests.support.linking import FILE, REPO, lora, rescan
 
 if TYPE_CHECKING:
     from tests.support.hub import LocalHub  # pytest_plugins imports it first
 
-pytest_plugins = ["tests.support.hub"]
-REPO = "tester/style"
-FILE = "style.safetensors"
-DOWN = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
-UP = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
-
-
-def lora(number: int) -> bytes:
-    return safetensors_bytes({DOWN: floats(2, 4, start=number), UP: floats(4, 2, start=number)})
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    (folder / FILE).write_bytes(lora(1))
-    rescan(folder)
-    return folder / FILE
-
-
-def rescan(folder: Path) -> None:
-    with open_store() as store:
-        scan(store, [str(folder)])
-
-
-@pytest.fixture
-def linked(hub: LocalHub, file: Path) -> LocalHub:
-    hub.put(REPO, {FILE: lora(1)})
-    with open_store() as store:
-        link(store, str(file), REPO)
-    return hub
+pytest_plugins = ["tests.support.hub", "tests.support.linked"]
 
 
 def run(*, pull: bool = False, publish: bool = False) -> list[sync.Step]:
@@ -241,7 +212,7 @@ def test_two_files_of_a_repository_are_one_publication(hub: LocalHub, file: Path
     rescan(file.parent)
     steps = sync.plan(outdated())
     with open_store() as store:
-        assert sync.sources(store, steps[0].comparison.tie.origin) == [str(file), str(other)]
+        assert again(store, steps[0].comparison.tie.origin, {}).refs == (str(file), str(other))
         sync.carry_out(store, steps)
     assert sorted(step.action for step in steps) == ["keep", "publish"]
 

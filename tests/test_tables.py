@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hubtool.errors import UnknownFamily, UnknownLayout
+from hubtool import resources
+from hubtool.errors import TableError, UnknownFamily, UnknownLayout
 from hubtool.layouts import index, tables
 from hubtool.layouts.vocabulary import model, models, places, spellings, weight_shape
 from tests.support.bases import UNETS, unet
+from tests.tables import parsed
 
 FAMILIES = tables.family_ids()
 NAMINGS = [(family, naming) for family in FAMILIES for naming in tables.family(family).namings]
@@ -73,7 +78,46 @@ def test_a_usual_naming_exists(family: str) -> None:
 
 
 def test_the_index_is_that_of_the_tables() -> None:
-    assert index.build() == dict(index._load()), "run `python -m tests.tables`"
+    assert index.build() == dict(index._load()), "run `python -m tests.tables index`"
+
+
+def test_the_parsed_tables_are_those_of_the_files() -> None:
+    assert {name: tuple(row) for name, row in resources._parsed().items()} == parsed(), (
+        "run `python -m tests.tables index`"
+    )
+    for path in resources.schemas().rglob("*.toml"):
+        name = path.relative_to(resources.schemas()).as_posix()
+        assert resources.table(name) == tomllib.loads(path.read_text("utf-8"))
+
+
+@pytest.fixture
+def own_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of tables with the checksums of the real ones and a copy of one table."""
+    for name in ("parsed.json.gz", "claims.toml"):
+        shutil.copy(resources.schemas() / name, tmp_path)
+    monkeypatch.setattr(resources, "schemas", lambda: tmp_path)
+    resources._parsed.cache_clear()
+    yield tmp_path
+    resources._parsed.cache_clear()
+
+
+def test_a_table_that_was_edited_is_read_as_it_stands(own_schemas: Path) -> None:
+    path = own_schemas / "claims.toml"
+    path.write_text(path.read_text("utf-8") + "\n[added]\nby = 'hand'\n", "utf-8")
+    assert resources.table("claims.toml")["added"] == {"by": "hand"}
+
+
+def test_tables_are_read_without_their_parsed_form(own_schemas: Path) -> None:
+    known = resources.table("claims.toml")
+    (own_schemas / "parsed.json.gz").unlink()
+    resources._parsed.cache_clear()
+    assert resources.table("claims.toml") == known
+
+
+def test_a_broken_table_is_named(own_schemas: Path) -> None:
+    (own_schemas / "claims.toml").write_text("= nothing", "utf-8")
+    with pytest.raises(TableError, match=r"claims\.toml"):
+        resources.table("claims.toml")
 
 
 @pytest.mark.parametrize("walk", tables.syntaxes()["cloneofsimo"].walks, ids=lambda w: f"{w.component}-{len(w.paths)}")

@@ -13,8 +13,9 @@ import torch
 from hubtool.errors import UnknownFamily
 from hubtool.layouts import tables, vocabulary
 from hubtool.pipelines import live
+from hubtool.pipelines.generating import check_whole
 from hubtool.pipelines.live import canonical_path
-from hubtool.pipelines.tiny import RECIPES
+from hubtool.pipelines.tiny import RECIPES, WHOLE, tokenizers
 from tests.support import tiny
 
 PUBLISHED = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
@@ -46,11 +47,12 @@ def test_every_component_is_named_like_one_size_of_its_family(family: str) -> No
 def names(component: str, model: Any) -> Names:
     """(canonical module, parameter) -> number of dimensions, of everything that the model would save."""
     cut = ((canonical_path(component, key), value.ndim) for key, value in model.state_dict().items())
-    return {(key.rpartition(".")[0], key.rpartition(".")[2]): dimensions for key, dimensions in cut if not tied(key)}
+    return {(key.rpartition(".")[0], key.rpartition(".")[2]): dimensions for key, dimensions in cut if not apart(key)}
 
 
-def tied(key: str) -> bool:
-    return key.endswith(("encoder.embed_tokens.weight", "position_ids"))
+def apart(key: str) -> bool:
+    """What is a copy, computed, or no part of the language model that the tables list."""
+    return key.endswith(("encoder.embed_tokens.weight", "position_ids", "lm_head.weight")) or ".visual." in key
 
 
 def sizes(family: str, component: str) -> list[Names]:
@@ -68,11 +70,29 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_state_alone() -
     assert not torch.equal(tiny.picture(one), tiny.picture(other))
 
 
-def test_any_text_becomes_tokens_and_text_again() -> None:
-    tokenizer = tiny.build("sd1").tokenizer
-    assert (
-        tokenizer.decode(tokenizer("a naïve 猫!", add_special_tokens=False).input_ids).replace(" ", "") == "anaïve猫!"
-    )
+@pytest.mark.parametrize("make", [tokenizers.tokenizer, tokenizers.gemma_tokenizer, tokenizers.qwen_tokenizer])
+def test_any_text_becomes_tokens_and_text_again(make: Any, tmp_path: Path) -> None:
+    made = make()
+    ids = made("a naïve 猫!", add_special_tokens=False).input_ids
+    assert made.decode(ids).replace(" ", "") == "anaïve猫!"
+    made.save_pretrained(tmp_path)
+    assert type(made).from_pretrained(tmp_path)("a naïve 猫!", add_special_tokens=False).input_ids == ids
+
+
+def test_t5_reads_printable_ascii_and_ends_with_its_own_token() -> None:
+    made = tokenizers.t5_tokenizer()
+    text = "".join(map(chr, range(33, 127)))
+    ids = made(text).input_ids
+    assert made.unk_token_id not in ids
+    assert (made.decode(ids[:-1]).strip(), ids[-1]) == (text, made.eos_token_id)
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_whole_pipeline_is_a_few_megabytes_without_a_missing_part(family: str) -> None:
+    pipe = tiny.build(family)
+    check_whole(pipe)
+    size = sum(p.numel() * p.element_size() for model in live.modules(pipe).values() for p in model.parameters())
+    assert size < 26_000_000
 
 
 def test_a_pipeline_survives_a_folder(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.publish import Options, drafted
+from hubtool.actions.publish import drafted
 from hubtool.actions.publish_facts import Said, listed
+from hubtool.actions.publish_result import Options
 from hubtool.errors import FileError, FileMissing, UsageProblem
 from hubtool.hub import card_text, cards, validation
 from hubtool.hub.layout import CARD, INDEX

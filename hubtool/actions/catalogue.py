@@ -74,7 +74,7 @@ def show(reader: Reader, ref: str) -> dict[str, Any]:
         **listed,
         "kind": row.kind or "unknown",
         **browse.identity(reader, row.key),
-        **{name: listed[name] for name in ("id", "path", "size", "trigger_words", "state", "health")},
+        **{name: listed[name] for name in ("id", "path", "size", "base_model", "trigger_words", "state", "health")},
         "hashes": {**dict.fromkeys(("sha256", "payload_sha256", "content_id")), **known.get("computed", {})},
         "hashes_by_origin": known,
         "findings": browse.findings(reader, row.key),

@@ -22,6 +22,7 @@ from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe
 from hubtool.ops.strengths import Strengths, parse
 from hubtool.ops.target import SUFFIXES
+from hubtool.tensors.device import check_device
 from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def collapse(
     options = options or Options()
     if output is None and not options.dry_run:
         raise UsageProblem("no output is named", hint="give -o OUT or --dry-run")
+    check_device(options.device)  # before anything is read
     first = base if isinstance(base, Input) else Input(path=str(base))
     file = open_file(locate(first.path or first.ref or "", options.library))
     paths, adapters = _adapters(file, adapters, options)

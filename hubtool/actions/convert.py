@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hubtool.actions.outcome import recorded
 from hubtool.actions.where import library_exists
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """How a conversion is carried out. ``library``: where lineage is recorded (a path or URL, None for the default)."""
 
     allow_loss: bool = False
@@ -34,8 +33,7 @@ class Options:
     library: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Converted:
+class Converted(NamedTuple):
     """What was done. ``output`` is None for a dry run; ``verdict`` is None unless ``verify`` was asked; ``warning``: lineage that failed."""
 
     plan: Plan

@@ -78,8 +78,8 @@ def pipeline(
     opening.need_packages()
     found = ready(base, adapters, library=library)
     pipe = _opened(found, device, dtype, Path(config_from) if config_from else None)
-    for one in found.adapters:
-        load(pipe, one.path, strength=one.part.strength)
+    for one in found.all:
+        load(pipe, one.path, strength=one.part.strength, settings=one.settings)
     return pipe
 
 
@@ -107,6 +107,7 @@ def generate(
     if options.dry_run:
         return Generated(recipe, tuple((path, recipe) for path in paths), dry_run=True)
     pipe = _opened(found, options.device, options.dtype, options.config_from)
+    generating.check_whole(pipe)
     recipe = _settled(recipe, pipe)
     for folder in {path.parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +175,7 @@ def loaded(pipe: Any, chosen: Iterable[tuple[Chosen, float]], library: str | Non
         reports = []
         for one, strength in chosen:
             if strength != 0:
-                reports.append(load(pipe, one.path, strength=strength, library=library))
+                reports.append(load(pipe, one.path, strength=strength, library=library, settings=one.settings))
                 undo.callback(unload, pipe, reports[-1].name)
         yield reports
 

@@ -6,8 +6,9 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hubtool.actions.recipe import RunOptions, fingerprint, locate, resolve
@@ -15,24 +16,26 @@ from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
 from hubtool.formats import open_file
 from hubtool.layouts.identify import identify
 from hubtool.ops.recipe import Input
-from hubtool.pipelines import opening
+from hubtool.pipelines import base_families, kinds
 from hubtool.pipelines.curves import curve
 from hubtool.pipelines.families import family_of
+from hubtool.pipelines.kinds.textual_inversion import partner
 from hubtool.pipelines.pictures import Part, Recipe
 
 Refs = Mapping[Any, float] | Sequence[str | Path | tuple[str | Path, float]]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_LOADABLE = ("lora", "textual_inversion", "hypernetwork", "aesthetic_embedding", "custom_diffusion", "null_text")
+_ALONE: Mapping[str, Any] = MappingProxyType({"pair": False})
 _LARGE = 1 << 30  # above, hashing a base takes longer than a few pictures
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """An adapter and where it is. ``fixed``: of a kind that has no strength."""
+    """An adapter and where it is. ``fixed``: of a kind that has no strength. ``settings``: as for ``hubtool.load``."""
 
     part: Part
     path: Path
     fixed: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ def ready(
     source, part, families = _base(base, library, hashes)
     chosen = tuple(_adapter(ref, strength, families, library) for ref, strength in pairs(adapters))
     dark = tuple(_negative(_adapter(ref, 1.0, families, library)) for ref in negatives)
+    chosen, dark = _paired(chosen, dark, families)
     return Ready(part, source, chosen, dark, None if isinstance(base, str | Path) else base)
 
 
@@ -138,11 +142,9 @@ def _base(base: Any, library: str | None, hashes: bool) -> tuple[str | Path, Par
         name = str(getattr(base, "name_or_path", None) or type(base).__name__)
         return "", *_called(Path(name).name if Path(name).is_absolute() else name, None, family_of(base))
     if not os.path.lexists(base) and _REPOSITORY.fullmatch(str(base)):
-        from hubtool.training.opening import family
-
-        return str(base), *_called(str(base), None, family(str(base)))
+        return str(base), *_called(str(base), None, *base_families.families(str(base)))
     path = locate(base, library)
-    families = opening.base_families(path)
+    families = base_families.families(path)
     known = fingerprint(path) if hashes or _size(path) <= _LARGE else None
     return path, *_called(path.resolve().name, known, *families)
 
@@ -161,13 +163,26 @@ def _adapter(ref: str | Path, strength: float, families: tuple[str, ...], librar
         raise BadValues(f"a strength of {strength} is no number")
     path = locate(ref, library)
     found = identify(open_file(path))
-    if found.kind not in _LOADABLE:
+    kind = kinds.find(found.kind)
+    if kind is None:
         raise Unsupported(f"a file of kind {found.kind} is no adapter", path=path, hint=f"hubtool inspect {path}")
     fits = (found.family,) if found.family else found.family_candidates
     if found.kind != "textual_inversion" and families and fits and not {*families} & {*fits}:
         raise LoadMismatch(f"the adapter is for {' or '.join(fits)}, the base is {' or '.join(families)}", path=path)
-    fixed = found.kind in ("textual_inversion", "null_text", "aesthetic_embedding")
-    return Chosen(Part(path.resolve().name, fingerprint(path), found.family, found.kind, strength), path, fixed)
+    part = Part(path.resolve().name, fingerprint(path), found.family, found.kind, strength)
+    return Chosen(part, path, not kind.STRENGTH)
+
+
+def _paired(
+    chosen: tuple[Chosen, ...], dark: tuple[Chosen, ...], families: tuple[str, ...]
+) -> tuple[tuple[Chosen, ...], tuple[Chosen, ...]]:
+    """The negative halves of DreamArtist pairs among the negative embeddings; the positive ones are loaded without them."""
+    tokens = [one for one in chosen if one.part.kind == "textual_inversion"]
+    halves = {one.path: other for one in tokens if (other := partner(one.path)) is not None}
+    named = {one.part.sha256 for one in (*chosen, *dark)}
+    added = [_negative(_adapter(other, 1.0, families, None)) for other in halves.values()]
+    alone = tuple(replace(one, settings=_ALONE) if one.path in halves else one for one in chosen)
+    return alone, (*dark, *(one for one in added if one.part.sha256 not in named))
 
 
 def _negative(chosen: Chosen) -> Chosen:

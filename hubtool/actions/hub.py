@@ -14,12 +14,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.publish import Options, Result, publish
+from hubtool.actions.publish import publish
 from hubtool.actions.publish_facts import Said
+from hubtool.actions.publish_result import Options, Result
 
 if TYPE_CHECKING:
     from hubtool.actions.card import Checked, Written
-    from hubtool.actions.pull import Pulled
+    from hubtool.actions.pull_result import Pulled
     from hubtool.actions.remote import RemoteIndex, RemoteReport
     from hubtool.hub.client import Client
 
@@ -57,9 +58,9 @@ class Hub:
         return publish([fspath(ref) for ref in named], repo, said, options, self.client)
 
     def pull(self, refs: str | Sequence[str], output: Ref | None = None, **asked: Any) -> list[Pulled]:
-        """Fetch files, folders or whole repositories, verified. ``asked``: fields of ``actions.pull.Options``. Raises as ``actions.pull``."""
-        from hubtool.actions.pull import Options as Asked
+        """Fetch files, folders or whole repositories, verified. ``asked``: fields of ``actions.pull_result.Options``. Raises as ``actions.pull``."""
         from hubtool.actions.pull import pull, raise_failed
+        from hubtool.actions.pull_result import Options as Asked
 
         values: dict[str, Any] = dict(asked)
         values |= {name: _tuple(asked[name]) for name in ("include", "exclude") if name in asked}
@@ -69,17 +70,17 @@ class Hub:
         raise_failed(pulled)
         return pulled
 
-    def inspect(self, ref: str) -> list[RemoteReport]:
-        """Say what the weights behind a reference are, from their headers; nothing is downloaded."""
+    def inspect(self, ref: str, *, refresh: bool = False) -> list[RemoteReport]:
+        """Say what the weights behind a reference are, from their headers; nothing is downloaded. ``refresh``: read them again."""
         from hubtool.actions.remote import inspect_remote
 
-        return inspect_remote(ref, self._library, client=self.client)
+        return inspect_remote(ref, self._library, client=self.client, refresh=refresh)
 
-    def index(self, ref: str) -> RemoteIndex:
+    def index(self, ref: str, *, refresh: bool = False) -> RemoteIndex:
         """Read a whole repository from its listing and headers, and tell what of it the library has."""
         from hubtool.actions.remote import index_remote
 
-        return index_remote(ref, self._library, client=self.client)
+        return index_remote(ref, self._library, client=self.client, refresh=refresh)
 
     def card(self, ref: Ref, output: Ref | None = None, *, repo: str | None = None, **asked: Any) -> Written:
         """Write the card of an artifact alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from hubtool.actions.library import reading
 from hubtool.adapters.ir import Adapter
@@ -20,36 +20,26 @@ if TYPE_CHECKING:
 __all__ = ["LoadReport", "load", "save", "unload"]
 
 
-def load(
-    pipe: Any,
-    ref: Adapter | str | Path,
-    *,
-    strength: float = 1.0,
-    name: str | None = None,
-    trainable: bool = False,
-    token: str | Sequence[str] | None = None,
-    components: Collection[str] | None = None,
-    into: Mapping[str, str] | None = None,
-    collapse: bool | None = None,
-    library: str | None = None,
-) -> LoadReport:
-    """Load the adapter that ``ref`` names into ``pipe``: a path, an id, a hash prefix, or an ``Adapter``.
+class How(TypedDict, total=False):
+    """What ``hubtool.pipelines.load`` can be told."""
 
-    The other arguments, the checks and the errors are those of ``hubtool.pipelines.load``. Raises ``NotFound`` and ``AmbiguousRef``
+    strength: float
+    name: str | None
+    trainable: bool
+    token: str | Sequence[str] | None
+    components: Collection[str] | None
+    into: Mapping[str, str] | None
+    collapse: bool | None
+    settings: Mapping[str, Any]
+
+
+def load(pipe: Any, ref: Adapter | str | Path, *, library: str | None = None, **how: Unpack[How]) -> LoadReport:
+    """Load what ``ref`` names into ``pipe``: a path, an id, a hash prefix, or an ``Adapter``.
+
+    ``how``, the checks and the errors are those of ``hubtool.pipelines.load``. Raises ``NotFound`` and ``AmbiguousRef``
     for a reference that the library cannot resolve, ``FileMissing`` when the file it names is gone.
     """
-    source = ref if isinstance(ref, Adapter) else _path(ref, library)
-    return load_into(
-        pipe,
-        source,
-        strength=strength,
-        name=name,
-        trainable=trainable,
-        token=token,
-        components=components,
-        into=into,
-        collapse=collapse,
-    )
+    return load_into(pipe, ref if isinstance(ref, Adapter) else _path(ref, library), **how)
 
 
 def _path(ref: str | Path, library: str | None) -> Path:

@@ -1,14 +1,28 @@
-"""How every verb that writes a file ends: losses are refused in one wording, lineage is recorded in one place."""
+"""How verbs that write one file of another begin and end: one set of options, one wording for losses, lineage recorded in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hubtool.actions.where import library_exists
 from hubtool.errors import LossyConversion, RegistryError
 from hubtool.ops.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an output is written. ``allow_loss``: even what its layout cannot hold in full; ``library``: where lineage is recorded (a path or
+    URL, None for the default); ``device``, ``workers``: where and by how many threads tensors are computed."""
+
+    allow_loss: bool = False
+    force: bool = False
+    dry_run: bool = False
+    library: str | None = None
+    device: str = "cpu"
+    workers: int | None = None
 
 
 def lossy(plan: Plan, path: Path | None = None) -> LossyConversion:

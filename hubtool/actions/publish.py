@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from hubtool.actions import publish_library as shelf
 from hubtool.actions.publish_facts import Known, Said, facts, listed, tool
 from hubtool.actions.publish_items import Cleaner, Item, gather, previews
-from hubtool.actions.publish_stage import Stage, Wanted, stage
+from hubtool.actions.publish_result import Options, Result
+from hubtool.actions.publish_stage import Stage, Wanted, based, stage
 from hubtool.errors import HubtoolError, UnsafeFile, UsageProblem
 from hubtool.hub import card_text, cards, civitai_licence, validation
 from hubtool.hub.facts import Facts, Picture
 from hubtool.hub.layout import CARD, INDEX
 from hubtool.hub.pictures import Shown
 from hubtool.hub.privacy import Cleaning
-from hubtool.hub.uploads import Change, Remote, Upload, changes, upload, write_index
+from hubtool.hub.uploads import Remote, Upload, changes, upload, write_index
 from hubtool.types import Finding, Severity
 
 if TYPE_CHECKING:
@@ -28,74 +30,6 @@ if TYPE_CHECKING:
 
 # A later publication takes the place of these; everything else that an earlier one put there stays unless ``prune`` is asked for.
 _REPLACED = frozenset({"canonical", "peft", "part"})
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a publication is carried out. ``public``: only for a repository that is made now. ``offline``: plan against the last receipt.
-
-    ``keep_metadata``: publish paths and user names as they are (secrets never). ``drop_metadata``: keys to leave out. ``prune``: delete
-    what an earlier publication put there and this one does not have. ``permitted``: publish what its permissions on Civitai forbid.
-    ``try_base``: a pipeline folder with which the card's snippet is run first.
-    """
-
-    public: bool = False
-    pull_request: bool = False
-    dry_run: bool = False
-    offline: bool = False
-    revision: str = "main"
-    message: str | None = None
-    keep_metadata: bool = False
-    drop_metadata: tuple[str, ...] = ()
-    keep_original: bool = False
-    layouts: tuple[str, ...] = ()
-    previews: tuple[Path, ...] = ()
-    prune: bool = False
-    permitted: bool = False
-    try_base: Path | None = None
-    library: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What was or would be done. ``commit`` is None for a dry run; ``refused``: why this would not be published."""
-
-    repo: str
-    endpoint: str
-    changes: tuple[Change, ...]
-    findings: tuple[Finding, ...]
-    card_diff: str
-    kept: tuple[str, ...] = ()
-    commit: str | None = None
-    created: bool = False
-    pull_request: str | None = None
-    visibility: str | None = None
-    basis: str = "hub"
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def refused(self) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.findings if finding.severity == "error")
-
-    @property
-    def url(self) -> str:
-        return self.pull_request or f"{self.endpoint}/{self.repo}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "repo": self.repo,
-            "url": self.url,
-            "commit": self.commit,
-            "created": self.created,
-            "pull_request": self.pull_request,
-            "visibility": self.visibility,
-            "basis": self.basis,
-            "changes": [change.to_json() for change in self.changes],
-            "card_diff": self.card_diff,
-            "card_kept": list(self.kept),
-            "findings": [finding.to_json() for finding in self.findings],
-            "warnings": list(self.warnings),
-        }
 
 
 @dataclass(slots=True)
@@ -123,7 +57,7 @@ class Draft:
         ours = card_text.card(replace(facts, files=listed(self.made.uploads, kept), pictures=pictures))
         merged = cards.merge(there, ours, base, self.said.forced)
         text = str(merged.card)
-        files = [*self.made.uploads, upload(CARD, text.encode(), "card")]
+        files = [*based(self.made.uploads, facts.base_models), upload(CARD, text.encode(), "card")]
         index = write_index(files, kept, {**cards.record(ours).to_json(), "said": said.to_json()}, tool())
         files.append(upload(INDEX, index, "index"))
         findings = self._findings(merged.card, text, files, remote)
@@ -270,6 +204,10 @@ def publish(
     repo = validation.check_repo(repo)
     if options.offline and not options.dry_run:
         raise UsageProblem("publishing needs the hub", hint="--offline goes with --dry-run")
+    if options.pull_request and options.revision != "main":
+        raise UsageProblem("a pull request is made for main", hint="leave --revision out, or --pr")
+    if re.fullmatch(r"[0-9a-f]{40}", options.revision):
+        raise UsageProblem("a commit is never changed", hint="name a branch with --revision")
     endpoint = client.endpoint if client else endpoint_of()
     token = _token(client)
     with drafted(refs, repo, endpoint, said, options, token) as draft:
@@ -295,13 +233,14 @@ def _dry_run(draft: Draft, repo: str, endpoint: str, options: Options, client: C
         remote, draft.offline_base = shelf.last_state(endpoint, repo, options, card_text.card(draft.facts))
         basis = "receipt" if remote.head else "nothing"
     else:
-        remote, basis = _repository(repo, options, client).remote(), "hub"
+        remote, basis = _repository(repo, options, client).start(), "hub"
     desired = draft.desired(remote)
     rows = changes(desired.uploads, remote, desired.deleted)
     visibility = _visibility(remote.private if remote.head else not options.public)
     return Result(
         repo, endpoint, rows, desired.findings, desired.card_diff, desired.kept,
         pull_request=None, visibility=visibility, basis=basis,
+        warnings=(f"there is no branch {options.revision} yet: it will be made from main",) if remote.unborn else (),
     )  # fmt: skip
 
 
@@ -315,7 +254,7 @@ def _repository(repo: str, options: Options, client: Client | None) -> Repositor
     from hubtool.hub.refs import parse_ref
 
     ref = parse_ref(repo)
-    return Opened(client or Made(), ref if options.revision == "main" else ref.at(options.revision))
+    return Opened(client or Made(), ref if options.revision == "main" else parse_ref(str(ref.at(options.revision))))
 
 
 def _publish(draft: Draft, repo: str, options: Options, client: Client | None) -> Result:

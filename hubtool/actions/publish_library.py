@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubtool.actions.publish_facts import Known
+from hubtool.actions.publish_result import Options
 from hubtool.actions.where import library_exists
 from hubtool.errors import RegistryError
 from hubtool.hub import cards
@@ -16,7 +17,6 @@ from hubtool.hub.uploads import Held, Remote, Upload
 _NOT_MADE = frozenset({"preview", "card", "index"})  # roles of files that are no form of an artifact
 
 if TYPE_CHECKING:
-    from hubtool.actions.publish import Options
     from hubtool.hub.civitai_text import Facts
     from hubtool.hub.publishing import Published
     from hubtool.registry.hub_facts import Receipt
@@ -70,7 +70,7 @@ def last_state(endpoint: str, repo: str, options: Options, ours: cards.Card) -> 
     from hubtool.registry import hub_facts
 
     with reading(options.library) as reader:
-        receipt = hub_facts.last_receipt(reader, endpoint, repo)
+        receipt = hub_facts.last_receipt(reader, endpoint, repo, options.revision)
     if receipt is None:
         return Remote(), None
     files = {one.path: Held(one.size, one.sha256 or None, one.etag) for one in receipt.files}

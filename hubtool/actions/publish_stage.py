@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,10 +154,24 @@ def _peft(made: Stage, item: Item) -> None:
     else:
         source = made.write(replace(plan, config=config)) / layout.PEFT_WEIGHTS
     weights = made.add(layout.PEFT_WEIGHTS, source, "peft", item, **_about(item, plan))
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    made.add(layout.PEFT_CONFIG, text.encode(), "peft")
+    made.add(layout.PEFT_CONFIG, _config_text(config), "peft")
     if not made.main:
         made.main, made.loads = weights.path, "peft"
+
+
+def _config_text(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def based(uploads: Iterable[Upload], bases: Sequence[str]) -> Iterator[Upload]:
+    """``uploads`` with a base in PEFT's configuration, which may only be known from an earlier publication."""
+    for one in uploads:
+        config = json.loads(one.source) if one.path == layout.PEFT_CONFIG and isinstance(one.source, bytes) else None
+        if config is None or config.get("base_model_name_or_path") or not bases:
+            yield one
+        else:
+            config["base_model_name_or_path"] = bases[0]
+            yield upload(one.path, _config_text(config), one.role)
 
 
 def _peft_config(made: Stage, item: Item, plan: Plan) -> dict[str, Any]:

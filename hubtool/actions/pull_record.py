@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubtool.actions.library import open_store
+from hubtool.actions.pull_result import Item, Pulled
 from hubtool.errors import HubtoolError
 
 if TYPE_CHECKING:
-    from hubtool.actions.pull import Item, Pulled
     from hubtool.hub.client import Client
     from hubtool.registry.hub_facts import Card
     from hubtool.registry.store import Store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ from hubtool.tensors.reading import Sources, pread_into
 Progress = Callable[[int], None]
 _DEEPEST = 8
 _STEP = 64 << 20
+_SEARCH = "name the folder it lies in: hubtool recipe run SOURCE --search FOLDER"
+STEPS = ".hubtool-steps-"  # how a folder of intermediate results begins
 _FOLDER_FORMATS = ("diffusers-folder", "peft-folder")
 
 
@@ -145,19 +148,18 @@ def resolve(one: Input, options: RunOptions) -> Path:
         return _verified(one, (options.folder or Path()) / one.path)
     if one.ref is not None:
         return _verified(one, locate(one.ref, options.library))
-    for folder in (options.folder, *options.search):
+    # a name alone is believed in the recipe's own folder; in the current one the bytes have to agree
+    for folder in (options.folder, *options.search, Path() if one.sha256 else None):
         path = None if folder is None or one.name is None else folder / Path(one.name).name
         if path is not None and path.exists() and one.sha256 in (None, fingerprint(path)):
             return path
     if one.sha256 is None:
-        raise NotFound(f"the input {one} is not here", hint="name the folder it lies in with --search")
+        raise NotFound(f"the input {one} is not here", hint=_SEARCH)
     try:
         return _verified(one, locate(one.sha256, options.library))
     except (FileMissing, NotFound):
-        hint = "name the folder it lies in with --search, or scan it into the library"
-        raise NotFound(
-            f"the input {one} (sha256 {one.sha256[:12]}) is neither here nor in the library", hint=hint
-        ) from None
+        text = f"the input {one} (sha256 {one.sha256[:12]}) is neither here nor in the library"
+        raise NotFound(text, hint=f"{_SEARCH}, or scan it into the library") from None
 
 
 def _verified(one: Input, path: Path) -> Path:
@@ -181,7 +183,7 @@ def run(
     if sum(1 for _ in recipe.steps()) > 1 and _depth(recipe) > _DEEPEST:
         raise UsageProblem(f"recipes inside recipes, {_depth(recipe)} deep; {_DEEPEST} are the limit")
     beside = output.parent if output is not None else None
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".hubtool-steps-") as name:
+    with tempfile.TemporaryDirectory(dir=beside, prefix=STEPS) as name:
         inputs = [_made(one, at, Path(name), options) for at, one in enumerate(recipe.inputs)]
         action = _action(recipe.operation)
         result = action(recipe, inputs, output, options, progress)
@@ -211,9 +213,17 @@ def _made(one: Input, at: int, folder: Path, options: RunOptions) -> Path:
     if one.recipe is None:
         return resolve(one, options)
     suffix = "" if one.recipe.output.format in _FOLDER_FORMATS else ".safetensors"
-    path = folder / f"step-{at + 1}{suffix}"
+    path = folder / str(at + 1) / f"{_step(one.recipe)}{suffix}"
+    path.parent.mkdir()
     run(one.recipe, path, replace(options, dry_run=False, force=False))
     return path
+
+
+def _step(recipe: Recipe) -> str:
+    """A name for an intermediate result, which the output will call its parent: ``resize-of-style``."""
+    names = [one.name or Path(one.path or one.ref or "").stem for one in recipe.inputs if one.recipe is None]
+    stem = re.sub(r"[^\w.-]+", "_", Path(names[0]).stem)[:80] if names else ""
+    return f"{recipe.operation}-of-{stem}" if stem else recipe.operation
 
 
 def read(source: str | os.PathLike[str], library: str | None = None) -> tuple[Recipe, Path]:

@@ -19,6 +19,7 @@ from hubtool.types import Finding
 if TYPE_CHECKING:
     from hubtool.formats.base import TensorFile
     from hubtool.hub.client import Client, Entry, Resolved
+    from hubtool.hub.header_cache import HeaderCache
 
 COLUMNS = ("path", "size", "kind", "algorithm", "family", "layout", "ranks", "state", "received")
 WEIGHTS = frozenset({".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf"})
@@ -39,13 +40,14 @@ class RemoteReport:
     places: tuple[str, ...] = ()
     received: int = 0
     error: HubtoolError | None = None
+    read: bool = False  # its header was, now or once before
 
     @property
     def state(self) -> str:
         """``known``: in the library; ``new``: read from its header; ``unread``: listed only; ``broken``."""
         if self.error is not None:
             return "broken"
-        return "known" if self.id else "new" if self.received else "unread"
+        return "known" if self.id else "new" if self.read else "unread"
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``inspect``, with what the hub and the library know beside it."""
@@ -96,19 +98,23 @@ class RemoteIndex:
         return {**head, **counts, "files": [file.row() for file in self.files]}
 
 
-def inspect_remote(text: str, library: str | None = None, *, client: Client | None = None) -> list[RemoteReport]:
+def inspect_remote(
+    text: str, library: str | None = None, *, client: Client | None = None, refresh: bool = False
+) -> list[RemoteReport]:
     """Say what the file, or every weights file, behind a reference is. Raises ``HubError``, ``NotFound``, ``UsageProblem``."""
-    return list(index_remote(text, library, client=client, record=False).files)
+    return list(index_remote(text, library, client=client, record=False, refresh=refresh).files)
 
 
 def index_remote(
-    text: str, library: str | None = None, *, client: Client | None = None, record: bool = True
+    text: str, library: str | None = None, *, client: Client | None = None, record: bool = True, refresh: bool = False
 ) -> RemoteIndex:
     """Read a repository (a folder, a file of it) from its listing and headers.
 
-    ``record``: note in the library that artifacts it has are these files. A file that cannot be read is reported, not raised.
+    ``record``: note in the library that artifacts it has are these files. ``refresh``: headers that were read before are read again. A file
+    that cannot be read is reported, not raised.
     """
     from hubtool.hub.client import Client, endpoint_of
+    from hubtool.hub.header_cache import HeaderCache
     from hubtool.hub.refs import parse_ref
 
     client = client or Client()
@@ -120,10 +126,10 @@ def index_remote(
         raise NotFound(f"{ref} has no weights", hint=f"it has: {', '.join(entry.path for entry in listed[:8])}")
     known = _known(wanted, library)
     fresh = [entry for entry in wanted if entry.path not in known]
+    look = _Look(client, resolved, listed, HeaderCache(refresh=refresh))
     with ThreadPoolExecutor(_AT_ONCE, "headers") as pool:
-        read = dict(
-            zip([one.path for one in fresh], pool.map(lambda e: _read(client, resolved, e, listed), fresh), strict=True)
-        )
+        read = dict(zip([one.path for one in fresh], pool.map(look.read, fresh), strict=True))
+    look.cache.trim()
     files = tuple(
         replace(known[entry.path], ref=str(_ref(resolved, entry))) if entry.path in known else read[entry.path]
         for entry in wanted
@@ -167,40 +173,58 @@ def _known(entries: Sequence[Entry], library: str | None) -> dict[str, RemoteRep
     return found
 
 
-def _read(client: Client, resolved: Resolved, entry: Entry, listed: Sequence[Entry]) -> RemoteReport:
-    """A file that the library does not have, from its header."""
-    from hubtool.hub.remote import read_remote
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A repository at one commit, and what was read of its files before."""
 
-    ref = str(_ref(resolved, entry))
-    if os.path.splitext(entry.path)[1].lower() not in _HEADER:
-        return RemoteReport(entry, ref, _unread(entry))
-    try:
-        found = read_remote(client, resolved.ref, entry)
-        file, more = _with_config(client, resolved, found.file, entry, listed)
-        document = _document(file, entry, resolved, whole=found.whole)
-        return RemoteReport(entry, ref, document, received=found.received + more)
-    except HubtoolError as error:
-        return RemoteReport(entry, ref, error=error)
+    client: Client
+    resolved: Resolved
+    listed: Sequence[Entry]
+    cache: HeaderCache
 
+    def read(self, entry: Entry) -> RemoteReport:
+        """A file that the library does not have, from its header."""
+        from hubtool.hub.remote import read_remote
 
-def _with_config(
-    client: Client, resolved: Resolved, file: TensorFile, entry: Entry, listed: Sequence[Entry]
-) -> tuple[TensorFile, int]:
-    """A PEFT adapter is only understood together with the configuration beside it. (file, bytes fetched)"""
-    from hubtool.tensors.strict_json import JsonError, loads_config
+        ref = str(_ref(self.resolved, entry))
+        if os.path.splitext(entry.path)[1].lower() not in _HEADER:
+            return RemoteReport(entry, ref, _unread(entry))
+        try:
+            found = read_remote(self.client, self.resolved.ref, entry, cache=self.cache)
+            file, more = self._with_config(found.file, entry)
+            document = _document(file, entry, self.resolved, whole=found.whole)
+            return RemoteReport(entry, ref, document, received=found.received + more, read=True)
+        except HubtoolError as error:
+            return RemoteReport(entry, ref, error=error)
 
-    folder, _, name = entry.path.rpartition("/")
-    wanted = f"{folder}/adapter_config.json" if folder else "adapter_config.json"
-    config = next((other for other in listed if other.path == wanted and other.size <= _MAX_CONFIG), None)
-    if name != "adapter_model.safetensors" or config is None:
-        return file, 0
-    try:
-        document = loads_config(client.read(resolved.ref, config, _MAX_CONFIG), max_depth=_MAX_DEPTH)
-    except JsonError:
-        return file, config.size
-    if not isinstance(document, dict):
-        return file, config.size
-    return replace(file, format="peft-folder", config={"adapter_config.json": document}), config.size
+    def _with_config(self, file: TensorFile, entry: Entry) -> tuple[TensorFile, int]:
+        """A PEFT adapter is only understood together with the configuration beside it. (file, bytes fetched)"""
+        from hubtool.tensors.strict_json import JsonError, loads_config
+
+        folder, _, name = entry.path.rpartition("/")
+        wanted = f"{folder}/adapter_config.json" if folder else "adapter_config.json"
+        config = next((other for other in self.listed if other.path == wanted and other.size <= _MAX_CONFIG), None)
+        if name != "adapter_model.safetensors" or config is None:
+            return file, 0
+        data, received = self._small(config)
+        try:
+            document = loads_config(data, max_depth=_MAX_DEPTH)
+        except JsonError:
+            return file, received
+        if not isinstance(document, dict):
+            return file, received
+        return replace(file, format="peft-folder", config={"adapter_config.json": document}), received
+
+    def _small(self, entry: Entry) -> tuple[bytes, int]:
+        """(a small file, bytes fetched for it)"""
+        from hubtool.hub.checking import Checker
+
+        known = self.cache.get(entry.digest)
+        if known is not None and Checker(entry).of(known[0]) == entry.digest:
+            return known[0], 0
+        data = self.client.read(self.resolved.ref, entry, _MAX_CONFIG)
+        self.cache.put(entry.digest, data)
+        return data, len(data)
 
 
 def _document(file: TensorFile, entry: Entry, resolved: Resolved, *, whole: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.outcome import lossy, recorded
+from hubtool.actions.outcome import Options, lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
 from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
@@ -16,23 +16,15 @@ from hubtool.ops.factor_space.budget import Budget
 from hubtool.ops.merge_adapters import Request
 from hubtool.ops.plan import Plan
 from hubtool.ops.target import SUFFIXES
+from hubtool.tensors.device import check_device
 
 if TYPE_CHECKING:
     from hubtool.ops.factor_space.report import Report
     from hubtool.ops.recipe import Recipe
 
+__all__ = ["Options", "Resized", "recipe_of", "request_of", "resize", "run_recipe"]
+
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a resize is carried out. ``library``: where lineage is recorded (a path or URL, None for the default)."""
-
-    allow_loss: bool = False
-    force: bool = False
-    dry_run: bool = False
-    library: str | None = None
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +60,7 @@ def resize(
     options = options or Options()
     if output is None and not options.dry_run:
         raise UsageProblem("no output is named", hint="give -o OUT or --dry-run")
+    check_device(options.device)  # before anything is read
     path = locate(source, options.library)
     hashes = None if options.dry_run else Hashes([path])
     request = _with_format(request, output)
@@ -80,7 +73,12 @@ def resize(
 
     stamped = _stamped(plan, path, request, hashes)
     size = execute(
-        stamped, Path(output), force=options.force, progress=progress, workers=request.workers, device=options.device
+        stamped,
+        Path(output),
+        force=options.force,
+        progress=progress,
+        workers=request.workers or options.workers,
+        device=options.device,
     )
     return Resized(stamped, report, Path(output), size, _record(path, Path(output), request, options.library))
 

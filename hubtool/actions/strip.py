@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubtool.actions.outcome import recorded
+from hubtool.actions.outcome import Options, lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions, locate
-from hubtool.errors import LossyConversion, UsageProblem
+from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops.execute import execute
 from hubtool.ops.plan import Plan
@@ -18,18 +18,9 @@ from hubtool.ops.strip import planning
 from hubtool.ops.strip.planning import Report, Request
 from hubtool.ops.target import SUFFIXES
 
+__all__ = ["Options", "Stripped", "format_of", "run_recipe", "strip"]
+
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a strip is carried out. ``library``: where lineage is recorded (a path or URL, None for the default)."""
-
-    allow_loss: bool = False
-    force: bool = False
-    dry_run: bool = False
-    library: str | None = None
-    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +57,15 @@ def strip(
     plan, report = planning.plan(file, request)
     recipe = _recipe(file.path, request)
     if plan.losses and not options.allow_loss:
-        loss = plan.losses[0]
-        raise LossyConversion(f"{loss.what}: {loss.reason}", path=file.path, hint="accept it with --allow-loss")
+        raise lossy(plan, file.path)
     if options.dry_run:
         return Stripped(plan, report, recipe, None, plan.bytes_out)
     if output is None:
         raise UsageProblem("no output is named", hint="give -o OUT")
     plan = stamp(plan, recipe, [Parent.of(file, Hashes([file.path]).of(file.path))])
-    size = execute(plan, Path(output), force=options.force, progress=progress, workers=options.workers)
+    size = execute(
+        plan, Path(output), force=options.force, progress=progress, workers=options.workers, device=options.device
+    )
     return Stripped(
         plan, report, recipe, Path(output), size, _record(Path(output), file.path, request, options.library)
     )
@@ -102,8 +94,8 @@ def run_recipe(
     wanted = Request.of(
         recipe.parameters, dtype=recipe.output.dtype, format=recipe.output.format, family=recipe.inputs[0].family
     )
-    how = Options(force=options.force, dry_run=options.dry_run, library=options.library, workers=options.workers)
-    return strip(inputs[0], output, wanted, how, progress)
+    own = {name: getattr(options, name) for name in ("force", "dry_run", "library", "device", "workers")}
+    return strip(inputs[0], output, wanted, Options(**own), progress)
 
 
 def _record(output: Path, source: Path, request: Request, library: str | None) -> str | None:

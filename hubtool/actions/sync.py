@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from hubtool.actions.outdated import EDITED, MISSING, Clients, Comparison, client_for
 from hubtool.errors import HubtoolError, PartialFailure
 from hubtool.hub.comparing import CHANGED, CURRENT, MOVED
-from hubtool.registry import browse, hub_facts
+from hubtool.registry import browse
 from hubtool.registry.hub_facts import Origin
 
 if TYPE_CHECKING:
     from hubtool.hub.client import Entry
-    from hubtool.registry.records import Place, Reader
+    from hubtool.registry.records import Place
     from hubtool.registry.store import Store
 
 COLUMNS = ("action", "state", "ref", "path", "reason")
@@ -179,38 +179,16 @@ def _index(store: Store, one: Comparison, origin: Origin, entry: Entry) -> None:
 
 
 def _publish(store: Store, one: Comparison, clients: Clients, library: str | None) -> None:
-    """Publish the repository again, with all the artifacts that the last publication had, as they are now."""
-    from hubtool.actions.publish import Options, publish
+    """Publish the repository again, with all the artifacts and layouts that the last publication had, as they are now."""
+    from hubtool.actions.publish import publish
+    from hubtool.actions.publish_again import again
+    from hubtool.hub.publishing import Repository
 
     origin = one.tie.origin
-    refs = sources(store, origin)
-    publish(refs, origin.repo, None, Options(revision=origin.revision, library=library), clients(origin.endpoint))
-
-
-def sources(reader: Reader, origin: Origin) -> list[str]:
-    """The paths to publish, in the order of the last publication. Raises where it cannot be repeated from what the library knows."""
-    receipt = hub_facts.last_receipt(reader, origin.endpoint, origin.repo, origin.revision)
-    ours = [file for file in receipt.files if file.artifact is not None] if receipt else []
-    weights = [
-        file for file in (receipt.files if receipt else ()) if file.path.endswith((".safetensors", ".pt", ".bin"))
-    ]
-    if (
-        not ours
-        or {file.path for file in weights} - {file.path for file in ours}
-        or len({f.artifact for f in ours}) < len(weights)
-    ):
-        problem = "the last publication held files that were made for it, and cannot be repeated by itself"
-        raise HubtoolError(problem, hint=f"hubtool publish FILE... {origin.repo}")
-    follow, paths = hub_facts.successors(reader), []
-    for file in sorted(ours, key=lambda file: (file.path.count("/"), file.path)):
-        row = browse.by_key(reader, follow.get(file.artifact or 0, file.artifact or 0))
-        place = next((place for place in row.places if place.state == "present"), None)
-        if place is None:
-            raise HubtoolError(
-                f"{file.path} was published too, and is no longer here", hint=f"hubtool publish FILE... {origin.repo}"
-            )
-        paths.append(place.path)
-    return list(dict.fromkeys(paths))
+    client = clients(origin.endpoint)
+    index = Repository(client, replace(one.tie.ref, path=None)).remote().index
+    asked = again(store, origin, index)
+    publish(asked.refs, origin.repo, asked.said, replace(asked.options, library=library), client)
 
 
 _DO = {PULL: _pull, PUBLISH: _publish, RECORD: _record}

@@ -10,7 +10,7 @@ from typing import Any
 
 from hubtool.actions.where import library_exists
 from hubtool.errors import RegistryError
-from hubtool.training import opening
+from hubtool.training import opening, quantised, whole
 from hubtool.training.config import Config, digest
 from hubtool.training.data.batches import Batches
 from hubtool.training.data.items import collect
@@ -62,6 +62,8 @@ def plan(config: Config, library: str | None = None) -> Estimate:
     config = located(config, library)
     chosen = method(config.method)
     chosen.check(config)
+    whole.check(config, chosen.full)
+    quantised.check(config)
     opening.check(config.base, chosen.families, chosen.name)
     own = Batches(collect(config.data.folder), config, config.tokens.names)
     return estimate(config, own, _precision(config))
@@ -91,7 +93,8 @@ def _precision(config: Config) -> str:
 
 def _record(trained: Trained, library: str | None) -> tuple[str, ...]:
     """Index the files; where the base is in the library too, it becomes their parent."""
-    from hubtool.actions.library import open_store, record_output
+    from hubtool.actions.library import open_store
+    from hubtool.actions.lineage import record_output
     from hubtool.actions.scan import scan
     from hubtool.registry import browse
     from hubtool.registry.text import raw_path

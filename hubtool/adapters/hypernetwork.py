@@ -16,7 +16,7 @@ Sources: A1111 ``modules/hypernetworks/hypernetwork.py`` (``HypernetworkModule``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -204,19 +204,27 @@ def affine(network: Network) -> tuple[Any, Any]:
 
 def forward(network: Network, x: Any, strength: float = 1.0) -> Any:
     """x + strength * N(x) for x (..., width), in x's dtype: what the reference feeds to ``to_k`` or ``to_v``. Raises ``Unsupported``."""
-    import torch
+    held = [tuple(value.to(x.dtype) for value in _values(layer)) for layer in network.layers]
+    return x + strength * run(network, held, after(network), x)
 
-    after = None if network.activation in _LINEAR else _activation(str(network.activation))
-    out = x
-    for layer in network.layers:
-        weight, bias = (value.to(x.dtype) for value in _values(layer))
+
+def after(network: Network) -> Any:
+    """The activation as a function; None without one. Raises ``Unsupported`` for a name that torch does not know."""
+    return None if network.activation in _LINEAR else _activation(str(network.activation))
+
+
+def run(network: Network, held: Sequence[Any], active: Any, x: Any) -> Any:
+    """N(x). ``held``: (weight, bias) of every layer where x is and in its dtype; ``active``: the activation."""
+    from torch.nn.functional import layer_norm, linear
+
+    for layer, (weight, bias) in zip(network.layers, held, strict=True):
         if layer.normalises:
-            out = torch.nn.functional.layer_norm(out, weight.shape, weight, bias)
+            x = layer_norm(x, weight.shape, weight, bias)
             continue
-        out = torch.nn.functional.linear(out, weight, bias)
-        if after is not None and network.activated(layer):
-            out = after(out)
-    return x + strength * out
+        x = linear(x, weight, bias)
+        if active is not None and network.activated(layer):
+            x = active(x)
+    return x
 
 
 def _values(layer: Layer) -> tuple[Any, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubtool import resources
 from hubtool.adapters.ir import Patch
@@ -15,8 +13,7 @@ from hubtool.errors import TableError
 from hubtool.tensors.expr import Expr
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """An algorithm in one of its spellings. ``kind``: the module of ``hubtool.adapters``. ``flavours``: prefix of a key -> the trainer
     whose reading of the same tensors applies."""
 
@@ -29,14 +26,13 @@ class Row:
 @cache
 def rows() -> tuple[Row, ...]:
     """The rows of schemas/algorithms.toml, in the order in which a module is tried. Raises ``TableError``."""
-    path = resources.schemas() / "algorithms.toml"
     try:
-        listed = tomllib.loads(path.read_text(encoding="utf-8"))["algorithm"]
+        listed = resources.table("algorithms.toml")["algorithm"]
         return tuple(
             Row(row["id"], row["kind"], tuple(map(frozenset, row["sets"])), row.get("flavours", {})) for row in listed
         )
-    except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise TableError(f"{path.name}: {error}", path=path) from error
+    except KeyError as error:
+        raise TableError(f"algorithms.toml: a row lacks {error}") from error
 
 
 @cache

@@ -235,20 +235,19 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Advance]:
-    """A progress bar on stderr while the block runs; yields ``advance(n=1)``. Nothing is drawn with -q or when stderr is not a TTY."""
+    """A progress bar on stderr while the block runs, with rate and time left; yields ``advance(n=1)``.
+
+    Without a ``total`` the one who writes may announce it (``hubtool.tensors.progress``). Nothing is drawn with -q or when stderr is not a TTY.
+    """
     if state().quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield _no_advance
         return
     from rich.console import Console
-    from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(clean(description), total=total)
+    from hubtool.cli.bars import drawn
 
-        def advance(n: int = 1) -> None:
-            bars.advance(task, n)
-
-        yield advance
+    with drawn(clean(description), total, Console(stderr=True)) as bar:
+        yield bar
 
 
 def _no_advance(n: int = 1) -> None:

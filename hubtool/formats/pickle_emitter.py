@@ -26,10 +26,12 @@ _TYPED = {dtype: name for name, (dtype, _) in STORAGES.items() if dtype in TORCH
 
 @dataclass(slots=True)
 class Emitter:
-    """Builds the pickle in ``out``; ``storages[i]`` is the expression whose bytes become record ``data/i``."""
+    """Builds the pickle in ``out``; ``storages[i]`` is the expression whose bytes become record ``data/i``, ``names[i]`` the key it lies under."""
 
     out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))
     storages: list[Expr] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    _key: str = "a tensor"
     _memo: dict[tuple[str, str], int] = field(default_factory=dict)
     _ties: dict[Any, int] = field(default_factory=dict)
 
@@ -60,6 +62,7 @@ class Emitter:
                         f"{str(key)[:40]!a} of type {type(key).__name__} cannot be a key in a torch file"
                     )
                 self.value(key, depth + 1)
+                self._key = str(key)
                 self.value(item, depth + 1)
             self.out += b"u"
 
@@ -149,6 +152,7 @@ class Emitter:
         if key not in self._ties:
             self._ties[key] = len(self.storages)
             self.storages.append(expr)
+            self.names.append(self._key)
         return self._ties[key]
 
 

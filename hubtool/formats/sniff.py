@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hubtool.errors import CorruptFile, UnsafeFile, UnsupportedFile
 from hubtool.tensors.reading import pread_exact
@@ -13,16 +13,15 @@ HEAD = 512
 _AGAIN = "download it again"
 _ASK = "ask the author for a safetensors file"
 # A pickle of protocol 0 or 1 that begins by naming a global.
-_TEXT_PICKLE = re.compile(rb"[()\]}ld]{0,8}c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n")
-_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body|title|\?xml|!--)", re.IGNORECASE)
+_TEXT_PICKLE = rb"[()\]}ld]{0,8}c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n"
+_HTML = rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body|title|\?xml|!--))"
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 # Content -> module of ``hubtool.formats`` whose ``read`` opens it.
 READERS = ((b"PK\x03\x04", "torch_zip"), (b"PK\x05\x06", "torch_zip"), (b"\x89PNG\r\n\x1a\n", "png"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
+class _Refusal(NamedTuple):
     """Content that is refused by name: ``magic`` at ``at``, what to call it, what to do about it."""
 
     magic: bytes
@@ -83,14 +82,14 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 def _refuse(path: Path, fd: int, size: int, head: bytes) -> None:
     if head.startswith(_LFS):
         raise CorruptFile(f"a git-lfs pointer instead of the file{_pointed(head)}", path=path, hint="git lfs pull")
-    if _HTML.match(head):
+    if re.match(_HTML, head):
         raise CorruptFile("a web page instead of the file (a login or an error page?)", path=path, hint=_AGAIN)
     for refusal in _REFUSED:
         if head[refusal.at :].startswith(refusal.magic):
             raise UnsupportedFile(refusal.what, path=path, hint=refusal.hint)
     if _is_old_tar(head):
         raise UnsupportedFile("a tar archive", path=path, hint="extract it; torch files this old must be saved again")
-    if _TEXT_PICKLE.match(head):
+    if re.match(_TEXT_PICKLE, head):
         raise UnsafeFile("a pickle in text form that names a program part", path=path, offset=0, hint=_ASK)
     if head.lstrip()[:1] in {b"{", b"["}:
         raise _json(path, head)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hubtool.tensors.ref import TensorRef
 from hubtool.types import Finding
@@ -16,51 +16,47 @@ from hubtool.types import Finding
 _LONG_NAME = 1024
 _HUGE = 1 << 31
 _UNSEEN = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
-_HIDDEN = re.compile(f"[{_UNSEEN}]")
-_HIDDEN_IN_NAME = re.compile(rf"[\t\r\n{_UNSEEN}]")
+_HIDDEN = f"[{_UNSEEN}]"
+_HIDDEN_IN_NAME = rf"[\t\r\n{_UNSEEN}]"
 # a bare <name> is how the domain writes trigger words, and <embed> a marker of cloneofsimo's files: only these two act without attributes
-_TAG = re.compile(r"<(?:script|iframe)\b|<[a-z][a-z0-9]*\s[^<>]*=", re.IGNORECASE)
+_TAG = r"(?i:<(?:script|iframe)\b|<[a-z][a-z0-9]*\s[^<>]*=)"
 _EMPTY_HASHES = ("0" * 64, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """``pattern`` is only tried where one of ``anchors`` occurs (in lower case)."""
+class _Rule(NamedTuple):
+    """``pattern`` is only compiled and tried where one of ``anchors`` occurs (in lower case)."""
 
     code: str
     anchors: tuple[str, ...]
-    pattern: re.Pattern[str]
+    pattern: str
     message: str
 
 
 _RULES = (
     _Rule("metadata-html", ("<",), _TAG, "holds HTML"),
-    _Rule("metadata-template", ("{{", "{%", "${", "#{"), re.compile(r"\{\{|\{%|[$#]\{"), "holds template code"),
+    _Rule("metadata-template", ("{{", "{%", "${", "#{"), r"\{\{|\{%|[$#]\{", "holds template code"),
     _Rule(
         "metadata-markdown",
         ("---", "javascript:", "]("),
-        re.compile(r"^---\s*$|javascript:|!\[[^\]]*\]\(\s*https?:", re.MULTILINE | re.IGNORECASE),
+        r"(?im:^---\s*$|javascript:|!\[[^\]]*\]\(\s*https?:)",
         "holds front matter, a script link or a remote picture",
     ),
     _Rule(
         "metadata-formula",
         ("=", "@", "+", "-"),
-        re.compile(r"=\S|[@+-][A-Za-z.]*\("),
+        r"=\S|[@+-][A-Za-z.]*\(",
         "would be a formula in a spreadsheet",
     ),
     _Rule(
         "metadata-sql",
         ("drop ", "delete ", "insert ", "update ", "' or "),
-        re.compile(r"'\s*\)?\s*;\s*(?:DROP|DELETE|INSERT|UPDATE)\b|' OR \d+\s*=\s*\d+", re.IGNORECASE),
+        r"(?i:'\s*\)?\s*;\s*(?:DROP|DELETE|INSERT|UPDATE)\b|' OR \d+\s*=\s*\d+)",
         "holds SQL",
     ),
     _Rule(
         "metadata-secret",
         ("hf_", "sk-", "bearer ", "api_key", "ghp_", "token="),
-        re.compile(
-            r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{16,}|\bghp_[A-Za-z0-9]{20,}|\bBearer\s+\S{16,}|(?:api_key|token)=\S{8,}",
-            re.IGNORECASE,
-        ),
+        r"(?i:\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{16,}|\bghp_[A-Za-z0-9]{20,}|\bBearer\s+\S{16,}|(?:api_key|token)=\S{8,})",
         "holds what looks like a secret: remove it before publishing",
     ),
 )
@@ -80,13 +76,13 @@ def _reasons(name: str) -> Iterator[str]:
         yield "is empty"
     if len(name) > _LONG_NAME:
         yield f"has {len(name)} characters"
-    if _HIDDEN_IN_NAME.search(name):
+    if re.search(_HIDDEN_IN_NAME, name):
         yield "holds control or direction characters"
     if name.startswith("__") and name.endswith("__"):
         yield "is a Python internal"
     if ".." in name:
         yield "holds '..'"
-    if _TAG.search(name):
+    if re.search(_TAG, name):
         yield "holds HTML"
 
 
@@ -99,7 +95,7 @@ def of_metadata(metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]) -
         for rule in _RULES
         if any(anchor in lower for anchor in rule.anchors) and (key := _key_matching(rule, metadata)) is not None
     ]
-    if not text.isprintable() and _HIDDEN.search(text):
+    if not text.isprintable() and re.search(_HIDDEN, text):
         found.append(Finding("metadata-control", "warning", "the metadata holds control or direction characters"))
     found.extend(_of_values(metadata))
     found.extend(_of_claims(metadata, tensors))
@@ -107,7 +103,8 @@ def of_metadata(metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]) -
 
 
 def _key_matching(rule: _Rule, metadata: Mapping[str, str]) -> str | None:
-    search = rule.pattern.match if rule.code in _AT_START else rule.pattern.search
+    pattern = re.compile(rule.pattern)
+    search = pattern.match if rule.code in _AT_START else pattern.search
     return next((key for key, value in metadata.items() if search(value) or search(key)), None)
 
 

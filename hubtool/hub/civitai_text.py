@@ -58,7 +58,10 @@ def _nh3() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A model version, read leniently. ``match``: the hash of the local file that proves it is this one; None: unproven."""
+    """A model version, read leniently. ``match``: the hash of the local file that proves it is this one; None: unproven.
+
+    ``description`` is plain text, ``description_html`` the same with the markup that ``sanitise`` lets through: for pages.
+    """
 
     version_id: int | None
     model_id: int | None
@@ -72,6 +75,7 @@ class Facts:
     nsfw_level: int | None
     permissions: Mapping[str, Any]
     description: str
+    description_html: str
     hashes: Mapping[str, str]
     match: str | None
 
@@ -102,6 +106,7 @@ class Facts:
             "trigger_words": list(self.trigger_words),
             "permissions": dict(self.permissions),
             "description": self.description,
+            "description_html": self.description_html,
             "hashes": dict(self.hashes),
         }
 
@@ -110,6 +115,7 @@ def facts(document: Mapping[str, Any], hashes: Mapping[str, str]) -> Facts:
     """Read a model version; ``hashes`` are those computed from the local file (``sha256``, ``payload_sha256``)."""
     model = _mapping(document.get("model"))
     file, match = find_file(document, hashes)
+    said = [text for text in (document.get("description"), model.get("description")) if isinstance(text, str) and text]
     return Facts(
         version_id=_whole(document.get("id")),
         model_id=_whole(document.get("modelId", model.get("id"))),
@@ -122,7 +128,8 @@ def facts(document: Mapping[str, Any], hashes: Mapping[str, str]) -> Facts:
         trigger_words=_words(document.get("trainedWords")),
         nsfw_level=_whole(document.get("nsfwLevel")),
         permissions={name: model[name] for name in _FLAGS if name in model},
-        description=_description(document, model),
+        description="\n\n".join(map(plain, said)),
+        description_html="\n".join(map(sanitise, said)),
         hashes=claimed(file),
         match=match,
     )
@@ -145,11 +152,6 @@ def claimed(file: Mapping[str, Any]) -> dict[str, str]:
     found = {_KINDS[name]: value for name, value in _mapping(file.get("hashes")).items() if name in _KINDS}
     lower = {name: value.lower() for name, value in found.items() if isinstance(value, str)}
     return {name: value for name, value in lower.items() if _DIGEST.fullmatch(value)}
-
-
-def _description(document: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    parts = (part for part in (document.get("description"), model.get("description")) if isinstance(part, str) and part)
-    return "\n\n".join(plain(part) for part in parts)
 
 
 def _words(value: Any) -> tuple[str, ...]:

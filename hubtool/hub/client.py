@@ -7,7 +7,6 @@ another machine. No object here shows it.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +15,11 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from hubtool.errors import HubError, MissingExtra
-from hubtool.hub.errors import explained
+from hubtool.hub.errors import explained, may_carry_token
 from hubtool.hub.refs import HUGGING_FACE, HubRef, safe_path
 from hubtool.hub.retrying import Sleep, origin, retried
 
 T = TypeVar("T")
-_LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
 _REDIRECTS = 10
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 120.0  # a commit of many files takes the Hub up to a minute
@@ -200,9 +198,7 @@ def _token_for(endpoint: str, token: str | bool | None) -> str | bool:
     else:
         hidden = token is False or (token is None and constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)
         found = None if hidden else get_token()
-    scheme, host, _ = origin(endpoint)
-    private_way = scheme == "https" or _LOOPBACK.fullmatch(host)
-    return found if found and private_way else False
+    return found if found and may_carry_token(endpoint) else False
 
 
 def _set_time_limits() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from hubtool.errors import FileError, HubError, HubtoolError
 from hubtool.hub.refs import HUGGING_FACE, HubRef
@@ -23,6 +24,7 @@ _SECRETS = (
     (re.compile(r"(?i)\b((?:api_?key|access_?token|token|sig|signature|x-amz-[a-z-]+)=)[^&\s\"']+"), r"\1***"),
     (re.compile(r"(https?://)[^/@\s]+@"), r"\1***@"),
 )
+_LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
 _MAX_SAID = 300
 _LOGIN = "hf auth login"
 _XET_TOKEN = re.compile(r"xet-(?:read|write)-token|/xet/")
@@ -72,6 +74,12 @@ def redact(text: str) -> str:
     for pattern, stars in _SECRETS:
         text = pattern.sub(stars, text)
     return text
+
+
+def may_carry_token(endpoint: str) -> bool:
+    """Whether a token may travel to this hub: encrypted, or without leaving this machine."""
+    parts = urlsplit(endpoint)
+    return parts.scheme.lower() == "https" or _LOOPBACK.fullmatch(parts.hostname or "") is not None
 
 
 def status_of(error: BaseException) -> int | None:
@@ -126,6 +134,8 @@ def explain(error: BaseException, ref: HubRef | str | None = None, endpoint: str
         return FileError(redact(error.strerror or str(error)), path=os.fsdecode(error.filename))
     case = Case(error, _as_ref(ref), endpoint.rstrip("/"), _offline())
     message, hint = _words(case)
+    if (case.status in (401, 403) or message == _no_repository(case)[0]) and not may_carry_token(case.endpoint):
+        hint = "no token is sent over plain http: set HF_ENDPOINT to the https:// address of this hub"
     return HubError(redact(message), hint=redact(hint))
 
 
@@ -355,6 +365,7 @@ _BROKEN: tuple[_Row, ...] = (  # httpx's own, then the builtin ones that come th
     ("TooManyRedirects", _redirects),
     ("TransportError", _broken_off),
     ("JSONDecodeError", _not_the_hub),
+    ("UnicodeDecodeError", _not_the_hub),
     ("BrokenAnswer", _size),
     ("ConnectionError", _xet),
     ("ValueError", _bad_card),

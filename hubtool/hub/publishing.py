@@ -84,6 +84,17 @@ class Repository:
         text = None if card is None else card.decode("utf-8", "replace")
         return Remote(head, _held(listed), text, read_index(index) if index else {}, bool(info.private))
 
+    def start(self) -> Remote:
+        """What a publication begins with: its branch, or main (``unborn``) where the branch is yet to be made."""
+        try:
+            return self.remote()
+        except HubError as error:
+            cause = error.__cause__
+            can_be_made = not self.ref.pinned and not self.ref.branch.startswith("refs/") and self.ref.branch != "main"
+            if cause is None or "RevisionNotFoundError" not in names_of(cause) or not can_be_made:
+                raise
+        return replace(self.remote("main"), unborn=True)
+
     def _info(self, revision: str) -> Any:
         try:
             return self.client.api.model_info(self.ref.repo, revision=revision)
@@ -111,6 +122,11 @@ class Repository:
     def create(self, private: bool) -> None:
         """Make the repository; one that appeared meanwhile is as good."""
         self.client.ask(self.ref, lambda: self.client.api.create_repo(self.ref.repo, private=private, exist_ok=True))
+
+    def make_branch(self, head: str) -> None:
+        """Let the branch begin at ``head``; one that appeared meanwhile is as good."""
+        api, branch = self.client.api, self.ref.branch
+        self.client.ask(self.ref, lambda: api.create_branch(self.ref.repo, branch=branch, revision=head, exist_ok=True))
 
     def commit(self, request: Request, rows: tuple[Change, ...], desired: Desired, head: str) -> Any:
         """Send the commit once; failures are the caller's, who looks before trying again."""
@@ -168,9 +184,7 @@ def publish(repository: Repository, request: Request) -> Published:
 
     Raises ``HubError`` (and what ``prepare`` raises); then either nothing or the whole commit is there.
     """
-    remote = repository.remote()
-    if remote.head is None:
-        remote = _created(repository, request)
+    remote = _opened(repository, request)
     for attempt in range(TRIES):
         desired = request.prepare(remote)
         done = _already(repository, request, remote, desired)
@@ -210,17 +224,23 @@ def _refused(said: HubtoolError, error: BaseException) -> HubtoolError:
     return said
 
 
-def _created(repository: Repository, request: Request) -> Remote:
-    if request.pull_request:
-        raise HubError(
-            f"{repository.ref.repo} does not exist, or is private and closed to this account",
-            hint="a pull request needs a repository that this account can read; leave --pr out to create one",
-        )
-    repository.create(request.private)
-    made = repository.remote()
-    if made.head is None:
+def _opened(repository: Repository, request: Request) -> Remote:
+    """The branch to publish to, made together with its repository where they are missing."""
+    remote = repository.start()
+    if remote.head is None:
+        if request.pull_request:
+            raise HubError(
+                f"{repository.ref.repo} does not exist, or is private and closed to this account",
+                hint="a pull request needs a repository that this account can read; leave --pr out to create one",
+            )
+        repository.create(request.private)
+        remote = repository.start()
+    if remote.head is None:
         raise HubError(f"{repository.ref.repo} was created and cannot be read", hint="hf auth login")
-    return made
+    if remote.unborn:
+        repository.make_branch(remote.head)
+        remote = repository.remote()
+    return remote
 
 
 def _already(repository: Repository, request: Request, remote: Remote, desired: Desired) -> Published | None:

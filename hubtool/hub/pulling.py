@@ -63,6 +63,7 @@ def fetch(
             resumed, how, received = 0, "copied", 0
         else:
             how, received = _received(client, ref, part, advance)
+            resumed = min(resumed, max(0, entry.size - received))  # less where the hub would not continue it
         part.publish(force)
     return Fetched(target, how, received, resumed)
 

@@ -16,6 +16,7 @@ from hubtool.errors import CorruptFile, HubError, UnsafeFile, UnsupportedFile
 from hubtool.formats import safetensors, suspicion
 from hubtool.formats.base import TensorFile
 from hubtool.hub.client import Client, Entry
+from hubtool.hub.header_cache import HeaderCache
 from hubtool.hub.refs import HubRef
 from hubtool.hub.retrying import BrokenAnswer
 from hubtool.tensors import header as headers
@@ -100,26 +101,44 @@ def shown(text: str, ref: HubRef) -> str:
     return text.replace(f"{_NOWHERE}/{ref.repo}/", f"hf://{ref.repo}/")
 
 
-def read_remote(client: Client, ref: HubRef, entry: Entry, budget: int = BUDGET) -> RemoteFile:
+def read_remote(
+    client: Client, ref: HubRef, entry: Entry, budget: int = BUDGET, cache: HeaderCache | None = None
+) -> RemoteFile:
     """Read the header of a safetensors file of the pinned ``ref``; one longer than ``budget`` as far as the budget goes.
 
-    Raises ``UnsupportedFile`` for any other container, ``CorruptFile`` and ``UnsafeFile`` for a bad header, ``HubError``.
+    ``cache``: what was read before by the hash of the file costs nothing. Raises ``UnsupportedFile`` for any other container,
+    ``CorruptFile`` and ``UnsafeFile`` for a bad header, ``HubError``.
     """
     if not entry.path.lower().endswith((".safetensors", ".sft")):
         raise UnsupportedFile(
             "only safetensors headers are read from afar", path=entry.path, hint=f"hubtool pull {ref}"
         )
-    reader = _Reader(client, ref, entry, budget)
     path = remote_path(ref, entry.path)
     try:
-        file, whole = _read(reader, entry, path, budget)
+        known = cache.get(entry.digest) if cache else None
+        if known is not None and (found := _again(known, entry, path)) is not None:
+            return found
+        reader = _Reader(client, ref, entry, budget)
+        head, tail = _pieces(reader, entry, path, budget)
+        read = _understood(head, tail, entry, path, reader.received)
     except (CorruptFile, UnsafeFile) as error:
         error.path = str(ref.at(ref.branch, entry.path))
         raise
-    return RemoteFile(entry, file, reader.received, whole)
+    if cache:
+        cache.put(entry.digest, head, tail)
+    return read
 
 
-def _read(reader: _Reader, entry: Entry, path: Path, budget: int) -> tuple[TensorFile, bool]:
+def _again(known: tuple[bytes, bytes], entry: Entry, path: Path) -> RemoteFile | None:
+    """What the cache has; None where that makes no sense, and the file is to be asked."""
+    try:
+        return _understood(*known, entry, path, 0)
+    except (CorruptFile, UnsafeFile):
+        return None
+
+
+def _pieces(reader: _Reader, entry: Entry, path: Path, budget: int) -> tuple[bytes, bytes]:
+    """(the file up to the end of its header, nothing), or the two ends of a header longer than the budget."""
     if entry.size < 10:
         raise CorruptFile(f"{entry.size} bytes are too few for a safetensors file", path=path, offset=0)
     first = reader.read(0, min(_FIRST, entry.size, budget))
@@ -128,11 +147,18 @@ def _read(reader: _Reader, entry: Entry, path: Path, budget: int) -> tuple[Tenso
         raise CorruptFile(f"the header claims {length} bytes in a file of {entry.size}", path=path, offset=0)
     end = 8 + length
     if end <= budget:
-        raw = first[8:end] + (reader.read(len(first), end) if end > len(first) else b"")
-        return _file(headers.parse(raw, entry.size - end, path), entry, path), True
+        return first[:end] + (reader.read(len(first), end) if end > len(first) else b""), b""
     tail_start = end - (budget - reader.received)
-    tail = reader.read(tail_start, end) if tail_start < end else b""
-    return _piece(first[8:], tail, length, entry, path), False
+    return first, reader.read(tail_start, end) if tail_start < end else b""
+
+
+def _understood(head: bytes, tail: bytes, entry: Entry, path: Path, received: int) -> RemoteFile:
+    length = int.from_bytes(head[:8], "little")
+    end = 8 + length
+    if len(head) == end:
+        file = _file(headers.parse(head[8:], entry.size - end, path), entry, path)
+        return RemoteFile(entry, file, received)
+    return RemoteFile(entry, _piece(head[8:], tail, length, entry, path), received, whole=False)
 
 
 def _file(header: headers.Header, entry: Entry, path: Path) -> TensorFile:

@@ -17,7 +17,9 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_WAIT = 0.5
 _LONGEST_WAIT = 8.0
 _MOST_PATIENCE = 330.0  # a whole window of the Hub's rate limits
-_NO_HOST_ATTEMPTS = 2  # where nothing listens, waiting long helps nobody
+# Attempts where waiting long helps nobody: nothing listens, or what answers may be a sign-in page.
+_FEW = {"ConnectError": 2, "JSONDecodeError": 3, "UnicodeDecodeError": 3}
+_GARBLED = frozenset({"TransportError", "BrokenAnswer", "JSONDecodeError", "UnicodeDecodeError"})
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -32,7 +34,7 @@ def is_passing(error: BaseException, endpoint: str) -> bool:
     status = status_of(error)
     if status is None:
         names = names_of(error)
-        return bool(names & {"TransportError", "BrokenAnswer"}) and not names & {"UnsupportedProtocol", "ProxyError"}
+        return bool(names & _GARBLED) and not names & {"UnsupportedProtocol", "ProxyError"}
     if status in (403, 404):  # the storage's signed address has run out: the hub gives a new one
         return origin(str(getattr(error, "response").url)) != origin(endpoint)  # noqa: B009  (no such attribute, to mypy)
     return status in _PASSING
@@ -58,7 +60,7 @@ class Tries:
     def again(self, error: BaseException) -> None:
         """Wait for the next try. Raises ``error`` when it is no passing one, or has come too often."""
         self._failed += 1
-        allowed = _NO_HOST_ATTEMPTS if "ConnectError" in names_of(error) else self._attempts
+        allowed = min([self._attempts, *(_FEW[name] for name in names_of(error) & _FEW.keys())])
         if not is_passing(error, self._endpoint) or self._failed >= allowed:
             raise error
         self._sleep(self._wait(error))

@@ -88,13 +88,17 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A repository at one commit. ``head`` None: it does not exist. ``index``: hubtool's own file in it, as JSON."""
+    """A repository at one commit. ``head`` None: it does not exist. ``index``: hubtool's own file in it, as JSON.
+
+    ``unborn``: the branch that was asked for does not exist yet; this is ``main``, which it will begin from.
+    """
 
     head: str | None = None
     files: Mapping[str, Held] = field(default_factory=lambda: _NONE)
     card: str | None = None
     index: Mapping[str, Any] = field(default_factory=lambda: _NONE)
     private: bool | None = None
+    unborn: bool = False
 
     @property
     def ours(self) -> dict[str, Mapping[str, Any]]:

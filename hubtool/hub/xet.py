@@ -1,6 +1,9 @@
 """Xet, the Hub's chunk store, as an ordered stream of bytes from any offset: what a resumed and hashed transfer needs.
 
 huggingface_hub writes whole files through hf_xet and verifies none of them; its stream of the same package fits in here.
+
+What it keeps in memory does not depend on the size of the file: measured with hf_xet 1.8, a pull peaks at 190 MB from 256 MB to 1 GB, of
+which 60 are the program without Xet. The rest are chunks fetched ahead and being unpacked, inside hf_xet; ``_LIMITS`` bounds them.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ _LIMITS: dict[str, Any] = {
     "client.connect_timeout": "10s",
     "client.read_timeout": "30s",
     "client.ac_max_download_concurrency": 8,
-    "reconstruction.download_buffer_size": 64_000_000,
-    "reconstruction.download_buffer_perfile_size": 32_000_000,
-    "reconstruction.download_buffer_limit": 64_000_000,
+    "reconstruction.download_buffer_size": 32_000_000,
+    "reconstruction.download_buffer_perfile_size": 16_000_000,
+    "reconstruction.download_buffer_limit": 32_000_000,
     "reconstruction.min_prefetch_buffer": 32_000_000,
-    "reconstruction.min_reconstruction_fetch_size": 32_000_000,
+    "reconstruction.min_reconstruction_fetch_size": 16_000_000,
+    "reconstruction.max_reconstruction_fetch_size": 16_000_000,
     "telemetry.enabled": False,
 }
 
@@ -59,7 +63,10 @@ def stream(client: Client, ref: HubRef, entry: Entry, start: int) -> Iterator[by
 
 @cache
 def _session(_pid: int) -> Any:
-    """A session of this process with limits of our own: huggingface_hub's waits minutes where HTTP could step in, and buffers 1.5 GB."""
+    """A session of this process with limits of our own: huggingface_hub's waits minutes where HTTP could step in, and buffers 1.5 GB.
+
+    hf_xet plans up to 8 GB of a file ahead of its reader; blocks of 16 MB halve its memory and cost four requests for every 64 MB.
+    """
     hf_xet: Any = import_module("hf_xet")
     config = hf_xet.XetConfig()
     for name, value in _LIMITS.items():

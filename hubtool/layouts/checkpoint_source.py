@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from hubtool.errors import ConversionError, UnknownFamily
 from hubtool.formats.base import TensorFile
-from hubtool.layouts.checkpoint_tables import DENOISERS, DIFFUSERS, NATIVE, Form, Pipeline, Slot, families, pipeline
+from hubtool.layouts import tables
+from hubtool.layouts.checkpoint_tables import (
+    DENOISERS,
+    DIFFUSERS,
+    NATIVE,
+    Component,
+    Form,
+    Pipeline,
+    Slot,
+    families,
+    pipeline,
+)  # fmt: skip
 from hubtool.layouts.checkpoints import folder_slots, homes, single_slots
 from hubtool.layouts.kinds import checkpoint as kind
 from hubtool.layouts.kinds import vae
@@ -16,13 +27,14 @@ from hubtool.layouts.unwrap import unwrap
 from hubtool.tensors.ref import TensorRef
 
 Tensors = Mapping[str, TensorRef]
+_OPEN = "open-"  # before the name of a model whose keys are OpenCLIP's
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """``form``: the id of its single-file form, or ``diffusers``. ``flags`` and ``variants``: what its kind tells beside the family.
 
-    ``component``: the one component that the source is (a VAE by itself); None for a pipeline or its denoiser.
+    ``component``: the one component that the source is (a VAE or a text encoder by itself); None for a pipeline or its denoiser.
     """
 
     pipeline: Pipeline
@@ -35,9 +47,9 @@ class Source:
 
 
 def recognise(file: TensorFile, family: str | None = None, *, any_family: bool = False) -> Source | None:
-    """The source of a conversion, or None when the file is no checkpoint, pipeline folder or VAE.
+    """The source of a conversion, or None when the file is no checkpoint, pipeline folder, VAE or text encoder of a known pipeline.
 
-    ``family``: what the user says; ``any_family``: a VAE of several families may be read as the first of them (only its configuration
+    ``family``: what the user says; ``any_family``: a VAE or encoder of several families may be read as the first's (only its configuration
     differs). Raises ``UnknownFamily`` where the file fits several, ``ConversionError`` for a family without a table.
     """
     if file.format == "diffusers-folder":
@@ -45,7 +57,7 @@ def recognise(file: TensorFile, family: str | None = None, *, any_family: bool =
     view, _ = unwrap(file)
     identity = kind.recognise(view)
     if identity is None:
-        return _vae(view, family, any_family)
+        return _vae(view, family, any_family) or _text_encoder(view, family, any_family)
     hit = first_hit(view.tensors, checkpoints().rows)
     if hit is None:
         return None
@@ -116,6 +128,37 @@ def _vae(file: TensorFile, family: str | None, any_family: bool) -> Source | Non
     naming = DIFFUSERS if hit.row.layout == DIFFUSERS else chosen.naming("vae")
     form = DIFFUSERS if naming == DIFFUSERS else chosen.forms[0].id
     return Source(chosen, (Slot(hit.prefix, "vae", naming),), file.tensors, form, component="vae")
+
+
+def _text_encoder(file: TensorFile, family: str | None, any_family: bool) -> Source | None:
+    """An encoder by itself: of a family that has its model, or of several that configure it alike."""
+    hit = first_hit(file.tensors, components("text_encoder"))
+    if hit is None or hit.row.variant is None:
+        return None
+    model = hit.row.variant.removeprefix(_OPEN)
+    tables_ = [table for table in map(pipeline, [family] if family else _candidates(hit)) if table is not None]
+    found = [(table, name) for table in tables_ for name in [_encoder_of(table, model)] if name]
+    if not found:
+        return None
+    chosen, name = found[0]
+    unlike = [
+        table for table, other in found if not _configured_alike(chosen.components[name], table.components[other])
+    ]
+    if unlike and not any_family:
+        raise _ambiguous([table for table, _ in found])
+    native = hit.row.variant.startswith(_OPEN)
+    slot = Slot(hit.prefix.removesuffix("text_model."), name, "openclip" if native else DIFFUSERS)
+    return Source(chosen, (slot,), file.tensors, chosen.forms[0].id if native else DIFFUSERS, component=name)
+
+
+def _encoder_of(table: Pipeline, model: str) -> str | None:
+    """The component of a pipeline that is the model (``clip-l`` stands for ``clip-l-projected`` too)."""
+    known = tables.family(table.family).components
+    return next((name for name in table.components if any(one.startswith(model) for one in known.get(name, ()))), None)
+
+
+def _configured_alike(one: Component, other: Component) -> bool:
+    return (one.cls, one.unused, dict(one.config)) == (other.cls, other.unused, dict(other.config))
 
 
 def _vae_families(file: TensorFile, hit: Hit) -> list[str]:

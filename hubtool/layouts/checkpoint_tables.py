@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -48,7 +46,8 @@ class Component:
     """A component of a pipeline. ``table``: its names in schemas/components; without one they are the family's own namings.
 
     ``cls``: its class, empty where no table says so; ``optional``: most pipelines of the family go without it.
-    ``unlike``: beginnings of canonical names that say that the weights are another class's.
+    ``unlike``: beginnings of canonical names that say that the weights are another class's. ``identity``: weights that may be absent, and are
+    the identity then.
     """
 
     name: str
@@ -59,6 +58,7 @@ class Component:
     config: Mapping[str, Any]
     optional: bool = False
     unlike: tuple[str, ...] = ()
+    identity: tuple[str, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -71,7 +71,8 @@ class Pipeline:
     """A family as a whole. ``others``: entries of model_index.json that have no weights (empty where the pipeline goes without).
 
     ``variants``: variant -> class of its pipeline. ``flags``: what a mark of the file changes in which document (``unsure``: what to tell
-    when the mark is absent and that proves nothing).
+    when the mark is absent and that proves nothing). ``repositories``: folders on the Hub that have what a single file lacks, every part
+    under its name; ``alone``: part -> repositories that are that part.
     """
 
     family: str
@@ -84,6 +85,13 @@ class Pipeline:
     scheduler_config: Mapping[str, Any]
     forms: tuple[Form, ...]
     components: Mapping[str, Component]
+    repositories: tuple[str, ...] = ()
+    alone: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+
+    def class_for(self, variants: Iterable[str]) -> str:
+        """The class of the pipeline for a file with these marks."""
+        found = (self.variants[name] for name in sorted(variants) if name in self.variants)
+        return next(found, self.cls)
 
     def naming(self, component: str) -> str:
         """The naming that single files of the family use for a component."""
@@ -112,7 +120,7 @@ def pipeline(family: str) -> Pipeline | None:
     """A family as a whole; one without a table is its denoiser alone, named by the family's rows. None for an unknown family."""
     if family not in families():
         return _denoiser_alone(family) if family in tables.family_ids() else None
-    doc = _read(resources.schemas() / "pipelines" / f"{family}.toml")
+    doc = resources.table(f"pipelines/{family}.toml")
     head, scheduler = doc["pipeline"], doc["scheduler"]
     return Pipeline(
         family,
@@ -127,6 +135,8 @@ def pipeline(family: str) -> Pipeline | None:
         MappingProxyType(
             {name: _component(name, _like(body, doc["component"])) for name, body in doc["component"].items()}
         ),
+        tuple(head.get("repositories", ())),
+        MappingProxyType({name: tuple(value) for name, value in head.get("alone", {}).items()}),
     )
 
 
@@ -166,6 +176,7 @@ def _component(name: str, body: Mapping[str, Any]) -> Component:
         config,
         body.get("optional", False),
         tuple(body.get("unlike", ())),
+        tuple(body.get("identity", ())),
     )
 
 
@@ -235,11 +246,4 @@ def sizes(family: str, component: str, parts: Iterable[str]) -> Sizes:
 
 @cache
 def _component_doc(name: str) -> Mapping[str, Any]:
-    return _read(resources.schemas() / "components" / f"{name}.toml")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, OSError) as error:
-        raise TableError(f"{path.name}: {error}", path=path) from error
+    return resources.table(f"components/{name}.toml")

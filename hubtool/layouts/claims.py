@@ -7,14 +7,13 @@ Sources: kohya ``ss_*``, ModelSpec ``modelspec.*``, OneTrainer ``ot_*``, ai-tool
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from hubtool import resources
 from hubtool.formats.base import TensorFile
-from hubtool.resources import schemas
 from hubtool.types import Finding
 
 _JSON_LIMIT = 16 << 20  # a tag table of a large data set; beyond that it is not worth the time
@@ -147,7 +146,7 @@ def _peft_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _tables() -> dict[str, Any]:
-    return tomllib.loads((schemas() / "claims.toml").read_text("utf-8"))
+    return resources.table("claims.toml")
 
 
 def _family(metadata: Mapping[str, str], values: Mapping[str, Any], onetrainer: Any) -> str | None:

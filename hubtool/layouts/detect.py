@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 from hubtool.layouts import index, tables, vocabulary
 from hubtool.layouts.naming import Place
@@ -17,7 +19,7 @@ _STACK = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 Stem = tuple[str, tuple[str, ...], str]  # the prefix, the components it may mean, and the module as spelled
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Module:
     """A module as a file spells it. ``out``, ``inner``: rows and in * kh * kw of its weight as far as the factors tell; None where they do not."""
 
@@ -32,8 +34,7 @@ class Module:
         self.key = self.prefix, self.components, self.stem  # asked for many times a module
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(NamedTuple):
     """How one model explains the modules of one component. ``found``: stem -> (place, whether the shape agrees; None: not to be told).
 
     ``wrong``: shapes that contradict; ``ends``: every stack of blocks that the file touches is touched to its last block.
@@ -66,8 +67,7 @@ def _deepest(paths: Iterable[str]) -> dict[str, int]:
     return stacks
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """How one family explains the modules. ``found``: stem -> (component, place); ``sizes``: component -> the model it fits best.
 
     ``ends``: every component of the file reaches the last blocks of its model.
@@ -91,15 +91,24 @@ def match(modules: Iterable[Module], joiner: str, family: str | None = None) -> 
     With ``family`` only that one is tried.
     """
     listed = tuple(modules)
+    claimed = Counter(module.components for module in listed)
     best: list[Match] = []
     for name, most in _possible(listed, family):
         if best and most < best[0].score[0]:
             break  # no family from here on can reach what another has
+        if best and _claimable(name, claimed) < best[0].score[0]:
+            continue  # nor can one without the file's components
         one = _match(name, listed, joiner)
         if not one.found or (best and one.score < best[0].score):
             continue
         best = [*best, one] if best and one.score == best[0].score else [one]
     return tuple(sorted(best, key=lambda one: one.family))
+
+
+def _claimable(name: str, claimed: Mapping[tuple[str, ...], int]) -> int:
+    """How many modules lie in components that the family has."""
+    own = {"*", *tables.family(name).components}
+    return sum(count for components, count in claimed.items() if not own.isdisjoint(components))
 
 
 def _possible(modules: Sequence[Module], family: str | None) -> Iterable[tuple[str, int]]:
@@ -133,8 +142,14 @@ def _match(name: str, modules: tuple[Module, ...], joiner: str) -> Match:
 
 def _owner(key: Stem, ranked: list[Fit]) -> Fit | None:
     """The component a module belongs to: one whose weight has its shape, else the one that explains most under its prefix."""
-    able = [fit for fit in ranked if key in fit.found]
-    return next((fit for fit in able if fit.found[key][1]), next(iter(able), None))
+    first: Fit | None = None
+    for fit in ranked:
+        hit = fit.found.get(key)
+        if hit is not None:
+            if hit[1]:
+                return fit
+            first = first or fit
+    return first
 
 
 def _end(fits_: list[Fit], found: Mapping[Stem, tuple[str, Place]]) -> bool:
@@ -205,7 +220,14 @@ def size_of(family: str, component: str, shapes: Mapping[str, Shape | None]) -> 
     sizes = vocabulary.models(family, component)
     if len(sizes) < 2:
         return next(iter(sizes), None)
-    return max(sizes, key=lambda size: _agreement(vocabulary.model(size), shapes))
+    best, most = sizes[0], (-1, -1)
+    for size in sizes:
+        agreement = _agreement(vocabulary.model(size), shapes)
+        if agreement > most:
+            best, most = size, agreement
+        if most == (len(shapes), len(shapes)):
+            break  # every name and every shape: the other sizes need not be loaded
+    return best
 
 
 def _agreement(model: vocabulary.Modules, shapes: Mapping[str, Shape | None]) -> tuple[int, int]:

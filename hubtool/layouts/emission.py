@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubtool.adapters.ir import ModuleKey, Patch
 from hubtool.layouts.tables import Layout
 from hubtool.tensors.expr import Expr
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(NamedTuple):
     """A tensor or fact that the target cannot hold, and why."""
 
     what: str
@@ -21,7 +20,7 @@ class Loss:
         return {"what": self.what, "reason": self.reason}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Emission:
     """Tensors in output order and metadata of one layout. ``roles``: (component, path, role) -> key, a fused module by the paths of its parts joined by +;
     ``patches``: the modules as this naming keeps them, by (component, path). ``config``: adapter_config.json.

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hubtool.adapters import registry
-from hubtool.adapters.ir import Adapter, ModuleKey, Patch
+from hubtool.adapters.ir import Adapter, Embedding, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.weight_ops import ReshapeWeight
 from hubtool.errors import ConversionError
-from hubtool.layouts import keys, peft_config, positional, tables
+from hubtool.layouts import keys, peft_config, tables
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.gathering import gather
 from hubtool.layouts.keys import BUNDLE
@@ -23,6 +23,7 @@ from hubtool.tensors.expr import Expr, Literal, Read
 from hubtool.types import Shape
 
 _ZERO = {"kohya": "no rotation at all", "lycoris": "no constraint"}
+_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
 _PACK = {"F64": "<d", "F32": "<f", "F16": "<e"}
 
 
@@ -59,7 +60,7 @@ def _names(adapter: Adapter, syntax: Syntax, family: str | None, out: Emission) 
         name = f"{component}.{path}"
         out.patches[component, path] = patch
         spelled = outside if syntax.joiner == "." else outside.replace(".", "_")
-        fitted = _fit(patch, _weight_shape(family, component, path), syntax)
+        fitted = _fit(patch, family, (component, path), syntax)
         for role, tensor in _tensors(fitted, syntax, name, out):
             key = keys.write(syntax, prefixes, component, spelled, role)
             if key is None:
@@ -78,13 +79,12 @@ def _own_prefixes(syntax: Syntax, family: str | None) -> dict[str, str]:
     return {component: text + syntax.joiner for component, text in own.items()}
 
 
-def _weight_shape(family: str | None, component: str, path: str) -> Shape | None:
-    return weight_shape(family, component, path) if family else None
-
-
-def _fit(patch: Patch, shape: Shape | None, syntax: Syntax) -> Patch:
+def _fit(patch: Patch, family: str | None, key: ModuleKey, syntax: Syntax) -> Patch:
     """PEFT wraps live modules, so its factors must have the module's own number of dimensions (1x1 convolution against linear)."""
-    if not isinstance(patch, LowRank) or shape is None or syntax.alpha not in ("metadata", "config"):
+    if not isinstance(patch, LowRank) or family is None or syntax.alpha not in ("metadata", "config"):
+        return patch
+    shape = weight_shape(family, *key)
+    if shape is None:
         return patch
     same = len(patch.weight_shape) == len(shape) or patch.weight_shape[:2] != tuple(shape[:2])
     return patch if same else patch.under(ReshapeWeight(tuple(shape)))
@@ -221,6 +221,8 @@ def _same_everywhere(component: str, patches: Mapping[str, LowRank], out: Emissi
 
 
 def _positions(adapter: Adapter, syntax: Syntax, family: str, out: Emission) -> None:
+    from hubtool.layouts import positional
+
     for component in adapter.components():
         patches = {path: patch for (owner, path), patch in adapter.patches.items() if owner == component}
         walk = positional.walk_for(syntax, component, family, frozenset(patches))
@@ -259,7 +261,7 @@ def _rest(adapter: Adapter, syntax: Syntax, out: Emission) -> None:
             out.tensors[token] = embedding.vectors
             out.metadata[token] = "<embed>"
         elif syntax.lycoris and "." not in token:
-            out.tensors[f"{BUNDLE}{token}.emb_params"] = embedding.vectors
+            out.tensors[f"{BUNDLE}{token}.{_bundle_key(embedding, adapter)}"] = embedding.vectors
         else:
             out.losses.append(Loss(f"embedding {token}", f"{syntax.id} has no place for token embeddings"))
     for key, ref in adapter.extras.items():
@@ -268,3 +270,13 @@ def _rest(adapter: Adapter, syntax: Syntax, out: Emission) -> None:
             out.notes.append(f"{key} is not understood and kept as it is")
         else:
             out.losses.append(Loss(key, f"not understood, and {syntax.id} has no place for it"))
+
+
+def _bundle_key(embedding: Embedding, adapter: Adapter) -> str:
+    """One key by itself; one for each encoder where a token has vectors for several, as LyCORIS packs an SDXL embedding."""
+    if sum(one.token == embedding.token for one in adapter.embeddings) == 1:
+        return "emb_params"
+    from hubtool.adapters.token_embeddings import WIDTHS, canonical_key
+
+    known = embedding.vectors.shape[-1] in WIDTHS
+    return canonical_key(embedding) if known else _ENCODERS.get(embedding.encoder or "", canonical_key(embedding))

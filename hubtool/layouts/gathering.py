@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
@@ -29,8 +29,7 @@ def gather(adapter: Adapter, naming: str, family: str | None, out: Emission) -> 
         yield from _component(_Target(family, naming, component, _size(family, component, patches)), patches, out)
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(NamedTuple):
     family: str
     naming: str
     component: str

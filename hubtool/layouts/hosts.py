@@ -6,7 +6,6 @@ A combination that no row covers is "not known", never a guess. Nothing is loade
 from __future__ import annotations
 
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ class Table:
 @cache
 def table() -> Table:
     """``schemas/hosts.toml``, compiled and checked. Raises ``TableError`` for words that mean nothing."""
-    doc = tomllib.loads((resources.schemas() / "hosts.toml").read_text(encoding="utf-8"))
+    doc = resources.table("hosts.toml")
     hosts = tuple(Host(row["id"], row["title"], row["version"], row["how"]) for row in doc["host"])
     forms = tuple((row["id"], row["title"], re.compile(row["key"])) for row in doc["form"])
     reads, defects = (tuple(_row(row, doc["groups"]) for row in doc[name]) for name in ("reads", "defect"))

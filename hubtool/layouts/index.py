@@ -6,7 +6,6 @@ tables (``python -m tests.tables index``); a test compares it with what ``build`
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections import Counter
@@ -41,7 +40,7 @@ def shortlist(stems: Iterable[str]) -> list[tuple[str, int]]:
 @cache
 def _load() -> Mapping[str, Any]:
     path = resources.schemas() / "index.json.gz"
-    return MappingProxyType(json.loads(gzip.decompress(path.read_bytes())))
+    return MappingProxyType(json.loads(resources.unpacked(path)))
 
 
 def build() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from hubtool.layouts import tables
@@ -26,8 +26,7 @@ class Spelled(NamedTuple):
     prefix: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """One syntax's view of a file: keys it explains, and keys it does not."""
 
     syntax: Syntax
@@ -37,16 +36,16 @@ class Reading:
 
 def split_suffix(key: str) -> tuple[str, str] | None:
     """(stem, suffix) by the longest suffix any syntax knows; None for a key that no adapter has."""
+    suffix = _suffix(".".join(key.rsplit(".", _LONGEST_SUFFIX)[1:]))
+    return (key[: -len(suffix) - 1], suffix) if suffix else None
+
+
+@lru_cache(4096)  # the ends of keys are few
+def _suffix(tail: str) -> str:
+    """The longest end of ``tail``, after any dot or its beginning, that is a suffix; empty when none is."""
     known = tables.suffixes()
-    at = len(key)
-    best: tuple[str, str] | None = None
-    for _ in range(_LONGEST_SUFFIX):
-        at = key.rfind(".", 0, at)
-        if at < 0:
-            break
-        if key[at + 1 :] in known:
-            best = key[:at], key[at + 1 :]
-    return best
+    words = tail.split(".")
+    return next((text for at in range(len(words)) if (text := ".".join(words[at:])) in known), "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

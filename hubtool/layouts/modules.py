@@ -26,7 +26,7 @@ from hubtool.types import Shape
 _NOT_FACTORS = frozenset({"alpha", "on_input", "scaled_oft", "bias_indices", "bias_size"})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Draft:
     """One module while a file is being read: role -> tensor, role -> key."""
 
@@ -50,17 +50,16 @@ def group(spelled: Iterable[Spelled], tensors: Mapping[str, TensorRef], path: ob
     """Modules in file order. Raises ``CorruptFile`` where two keys give one role (tools disagree about which wins)."""
     drafts: dict[tuple[str, tuple[str, ...], str], Draft] = {}
     for one in spelled:
-        draft = drafts.setdefault((one.prefix, one.components, one.stem), _draft(one))
+        name = one.prefix, one.components, one.stem
+        draft = drafts.get(name)
+        if draft is None:
+            draft = drafts[name] = Draft(one.components, one.stem, prefix=one.prefix)
         if one.role in draft.tensors:
             first = draft.keys[one.role]
             raise CorruptFile(f"{one.key} and {first} both give {one.role} of one module", path=str(path))
         draft.tensors[one.role] = Read(tensors[one.key])
         draft.keys[one.role] = one.key
     return list(drafts.values())
-
-
-def _draft(one: Spelled) -> Draft:
-    return Draft(one.components, one.stem, prefix=one.prefix)
 
 
 @lru_cache(4096)  # a model has few distinct shapes

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubtool.errors import TableError
 
 OPS = frozenset({"rename", "rows", "swap_halves", "transpose"})
 PARTS = "-parts"  # the naming of a fused weight's parts by number: qkv.0, qkv.1 (OneTrainer)
 _NUMBER = re.compile(r"\d+")
-_HOLE = re.compile(r"\{(last|[a-z*])\}")
-_BELOW = ".{*}"
+_TOKEN = re.compile(r"\{(?:last|[a-z])\}|\d+")
+_LAST, _REST = "{last}", "{*}"
+_BELOW = "." + _REST
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a naming keeps canonical modules. ``parts``: the canonical paths that ``outside`` holds, in row order (one unless ``op`` is ``rows``).
 
     ``parameters``: outside parameter -> canonical parameter, where they differ.
@@ -33,7 +32,7 @@ class Place:
     outside: str
     parts: tuple[str, ...]
     op: str = "rename"
-    parameters: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    parameters: Mapping[str, str] = _NOTHING
 
     @property
     def key(self) -> str:
@@ -41,8 +40,7 @@ class Place:
         return "+".join(self.parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One line of a naming table; templates on both sides."""
 
     outside: str
@@ -51,8 +49,7 @@ class Row:
     parameters: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Naming:
+class Naming(NamedTuple):
     """How one outside vocabulary calls the modules of a component. ``partial``: modules without a row do not exist there."""
 
     id: str
@@ -77,7 +74,7 @@ def _rows(name: str, rows: Mapping[str, str] | Iterable[Mapping[str, Any]]) -> I
         if op not in OPS or (op == "rows") != (not isinstance(parts, str)):
             raise TableError(f"naming {name}: {row['outside']}: op {op!r} does not fit {parts!r}")
         paths = (parts,) if isinstance(parts, str) else tuple(parts)
-        yield Row(row["outside"], paths, op, MappingProxyType(row.get("parameters", {})))
+        yield Row(row["outside"], paths, op, MappingProxyType(row["parameters"]) if "parameters" in row else _NOTHING)
 
 
 def _block_rows(blocks: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
@@ -86,7 +83,7 @@ def _block_rows(blocks: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
         leaves = {"{*}": "{*}"} if block["leaves"] == "*" else block["leaves"]
         for outside, canonical in block["pairs"]:
             for outer, inner in leaves.items():
-                yield Row(f"{outside}.{outer}", (f"{canonical}.{inner}",), "rename", MappingProxyType({}))
+                yield Row(f"{outside}.{outer}", (f"{canonical}.{inner}",), "rename", _NOTHING)
 
 
 def compiled(table: Naming | None, modules: Collection[str]) -> dict[str, Place]:
@@ -104,86 +101,95 @@ def numbered(places: Mapping[str, Place]) -> dict[str, Place]:
 
 def _part(place: Place, path: str) -> Place:
     if place.op != "rows":
-        return replace(place, naming=place.naming + PARTS)
+        return place._replace(naming=place.naming + PARTS)
     outside = f"{place.outside}.{place.parts.index(path)}"
-    return replace(place, naming=place.naming + PARTS, outside=outside, parts=(path,), op="rename")
+    return place._replace(naming=place.naming + PARTS, outside=outside, parts=(path,), op="rename")
+
+
+class _Candidate(NamedTuple):
+    """A row and one of its canonical sides. ``rank``: its place in the table; ``tokens``: the numbers and holes of ``head``, none without holes."""
+
+    rank: int
+    row: Row
+    head: str
+    tokens: tuple[str, ...]
+
+
+_Book = dict[str, list[_Candidate]]
 
 
 class _Finder:
-    """Rows by the shape of the paths they cover, so that a model of 1,700 modules tries a handful of rows each."""
+    """Rows by the paths they cover, or by their shape where they have holes: a model of 1,700 modules tries a handful of rows each.
+
+    Two templates of one shape differ in their numbers alone, so that numbers are all there is to compare.
+    """
 
     def __init__(self, table: Naming, modules: Collection[str]) -> None:
         self._table = table
         self._paths = modules
-        self._exact: dict[str, list[tuple[Row, int]]] = {}
-        self._below: dict[str, list[tuple[Row, int]]] = {}
-        self._known: dict[str, list[tuple[Row, int]]] = {}
-        for row in table.rows:
-            for k, part in enumerate(row.parts):
-                book = self._below if part.endswith(_BELOW) else self._exact
-                book.setdefault(_shape_of(part.removesuffix(_BELOW)), []).append((row, k))
+        self._exact: _Book = {}
+        self._below: _Book = {}
+        self._holed = False
+        sides = [(row, part) for row in table.rows for part in row.parts]
+        for rank, (row, template) in enumerate(sides):
+            head = template.removesuffix(_BELOW)
+            holed = "{" in head
+            one = _Candidate(rank, row, head, tuple(_TOKEN.findall(head)) if holed else ())
+            book = self._exact if head == template else self._below
+            book.setdefault(_TOKEN.sub("#", head) if holed else head, []).append(one)
+            self._holed |= holed
 
     def place(self, path: str) -> Place | None:
-        for row, k in self._candidates(_shape_of(path)):
-            holes = self._fit(row.parts[k], path)
-            if holes is not None:
-                parts = tuple(_fill(part, holes) for part in row.parts)
-                return Place(self._table.id, _fill(row.outside, holes), parts, row.op, row.parameters)
+        shape = _NUMBER.sub("#", path) if self._holed else path
+        for candidates, below in self._candidates(path, shape):
+            for one in candidates:
+                holes = self._holes(one, path)
+                if holes is not None:
+                    return self._made(one, path, holes, below)
         return None if self._table.partial else Place(self._table.id, path, (path,))
 
-    def _candidates(self, shape: str) -> list[tuple[Row, int]]:
-        known = self._known.get(shape)
-        if known is None:
-            heads = [shape[: found.start()] for found in re.finditer(r"\.", shape)] if self._below else []
-            known = [*self._exact.get(shape, ()), *(row for head in heads for row in self._below.get(head, ()))]
-            self._known[shape] = known
-        return known
+    def _candidates(self, path: str, shape: str) -> Iterator[tuple[list[_Candidate], bool]]:
+        """Rows for the very path, then those for what lies below a shorter one, the shortest first."""
+        yield _listed(self._exact, path, shape), False
+        at = end = -1
+        while self._below and (at := path.find(".", at + 1)) >= 0:
+            end = shape.find(".", end + 1)
+            yield _listed(self._below, path[:at], shape[:end]), True
 
-    def _fit(self, template: str, path: str) -> Mapping[str, str] | None:
-        """What the holes of ``template`` hold for ``path``; None when it does not fit."""
-        head = template.removesuffix(_BELOW)
-        if "{" not in head:
-            below = len(head) < len(template)
-            return _rest(head, path) if below else (_NOTHING if path == head else None)
-        found = _pattern(template).fullmatch(path)
-        if found is None:
-            return None
-        holes = {name[1:]: text for name, text in found.groupdict().items()}
-        return None if "last" in holes and int(holes["last"]) != self._last(template) else holes
+    def _holes(self, one: _Candidate, path: str) -> dict[str, str] | None:
+        """hole -> number, for a path of the row's shape; None where a number differs from the template's own."""
+        holes: dict[str, str] = {}
+        for token, number in zip(one.tokens, _NUMBER.findall(path) if one.tokens else (), strict=False):
+            if token[0] == "{":
+                holes[token] = number
+            elif token != number:
+                return None
+        return None if _LAST in holes and int(holes[_LAST]) != self._last(one.head) else holes
 
-    def _last(self, template: str) -> int:
-        """The model's highest index where ``template`` says ``{last}``."""
-        head = _pattern(template[: template.index("{last}")] + "{last}")
-        hits = (head.match(path) for path in self._paths)
-        return max((int(hit["_last"]) for hit in hits if hit), default=-1)
+    def _made(self, one: _Candidate, path: str, holes: dict[str, str], below: bool) -> Place:
+        if below:
+            holes[_REST] = path[len(_fill(one.head, holes)) + 1 :]
+        row = one.row
+        parts = tuple([_fill(part, holes) for part in row.parts])
+        return Place(self._table.id, _fill(row.outside, holes), parts, row.op, row.parameters)
+
+    def _last(self, head: str) -> int:
+        """The model's highest index where ``head`` says ``{last}``."""
+        before = re.escape(head[: head.index(_LAST)])
+        start = re.compile(re.sub(r"\\\{[a-z]\\\}", r"\\d+", before) + r"(\d+)")
+        hits = (start.match(path) for path in self._paths)
+        return max((int(hit[1]) for hit in hits if hit), default=-1)
 
 
-def _rest(head: str, path: str) -> Mapping[str, str] | None:
-    return {"rest": path[len(head) + 1 :]} if path.startswith(head + ".") else None
-
-
-def _shape_of(path: str) -> str:
-    """The path with every index as ``#``: rows are looked up by it, so that a model of 1,700 modules tries a handful of rows each."""
-    return _NUMBER.sub("#", _HOLE.sub("#", path))
+def _listed(book: _Book, path: str, shape: str) -> list[_Candidate]:
+    """The rows that name ``path`` and those that name its shape, in the order of the table."""
+    named = book.get(path, [])
+    shaped = book.get(shape, []) if shape != path else []
+    return sorted(named + shaped) if named and shaped else named or shaped
 
 
 def _fill(template: str, holes: Mapping[str, str]) -> str:
-    for name, text in holes.items():
-        template = template.replace("{*}" if name == "rest" else "{" + name + "}", text)
+    if "{" in template:
+        for hole, text in holes.items():
+            template = template.replace(hole, text)
     return template
-
-
-_PATTERNS: dict[str, re.Pattern[str]] = {}
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    known = _PATTERNS.get(template)
-    if known is None:
-        parts = _HOLE.split(template)
-        text = "".join(_group(part) if k % 2 else re.escape(part) for k, part in enumerate(parts))
-        known = _PATTERNS[template] = re.compile(text)
-    return known
-
-
-def _group(name: str) -> str:
-    return "(?P<_rest>.+)" if name == "*" else rf"(?P<_{name}>\d+)"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hubtool.adapters.ir import ModuleKey
 from hubtool.errors import CorruptFile
-from hubtool.layouts import detect, keys, modules, positional, tables, vocabulary
+from hubtool.layouts import detect, keys, modules, tables, vocabulary
 from hubtool.layouts.detect import Match
 from hubtool.layouts.keys import BUNDLE, Reading
 from hubtool.layouts.modules import Draft
@@ -21,14 +22,17 @@ from hubtool.layouts.tables import Layout, Syntax
 from hubtool.layouts.verdict import MOST_CONTRADICTIONS, remembered, verdict
 from hubtool.tensors.ref import TensorRef
 
+if TYPE_CHECKING:
+    from hubtool.layouts.positional import Placed
+
 RAW = "raw"  # the naming of modules no vocabulary knows
+_NONE: Mapping[Any, Any] = MappingProxyType({})
 _LEAST_SHARE = 0.5  # of a component's modules that a family must know by name
 
 RoleKey = tuple[str, str, str]  # component, canonical path, role
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
+class Outline(NamedTuple):
     """``modules``: (component, path) -> roles and keys; the path is canonical; a fused module has those of its parts, joined by +.
 
     ``places``: how each of them stands to the canonical modules (absent: the same). ``sizes``: component -> the model of the family that fits.
@@ -45,8 +49,8 @@ class Outline:
     evidence: tuple[str, ...]
     contradictions: tuple[str, ...] = ()
     checked: int = 0
-    places: Mapping[ModuleKey, Place] = field(default_factory=dict)
-    sizes: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[ModuleKey, Place] = _NONE
+    sizes: Mapping[str, str] = _NONE
 
     def keys(self) -> dict[RoleKey, str]:
         """(component, path, role) -> key."""
@@ -65,11 +69,20 @@ def outline(
 
     ``metadata`` is a hint where names and shapes fit several families, never evidence against them.
     """
-    placed = positional.read(structure, tensors)
+    placed = _by_position(structure, tensors)
     if placed is not None:
         return _from_positions(placed, family)
     reading = keys.read(tensors)
     return _from_names(tensors, path, reading, family, metadata or {}) if reading else None
+
+
+def _by_position(structure: object, tensors: Mapping[str, TensorRef]) -> Placed | None:
+    """What a file says by position; the rest of that is only looked at where a list, or a colon in a key, lets it be."""
+    if not isinstance(structure, list) and not any(":" in key for key in tensors):
+        return None
+    from hubtool.layouts import positional
+
+    return positional.read(structure, tensors)
 
 
 def _from_names(
@@ -199,7 +212,7 @@ def _spelled_alike(naming: str, rows: list[tuple[str, Place]], found: Match) -> 
     return sum(own is not None and own.outside == place.outside for own, place in mine)
 
 
-def _from_positions(placed: positional.Placed, asked: str | None) -> Outline:
+def _from_positions(placed: Placed, asked: str | None) -> Outline:
     candidates = tuple(name for name in placed.families if asked in (None, name))
     text = (
         f"{len(placed.drafts)} positions agree in shape with the walk of {', '.join(candidates) or 'no known family'}"

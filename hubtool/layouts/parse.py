@@ -21,6 +21,7 @@ from hubtool.tensors.expr import Read, reshape
 from hubtool.tensors.ref import TensorRef
 from hubtool.types import Finding
 
+_SMALL = ("F8", "F4", "F6")  # floats too small to do maths in
 _LARGEST_ALPHA = 2e10  # ai-toolkit writes 9999999999 into full-matrix LoKr modules
 
 
@@ -74,7 +75,8 @@ def recognise(file: TensorFile, family: str | None = None) -> Parsed | None:
         findings=tuple(findings),
     )
     lost = set(orphans)
-    keys = {row: key for row, key in shape.keys().items() if key not in lost}
+    keys = shape.keys()
+    keys = {row: key for row, key in keys.items() if key not in lost} if lost else keys
     return Parsed(adapter, shape.syntax, shape.layout, shape.candidates, MappingProxyType(keys), shape.evidence)
 
 
@@ -199,7 +201,8 @@ def _findings(
     file: TensorFile, shape: Outline, patches: Mapping[ModuleKey, Patch], spare: list[str]
 ) -> Iterable[Finding]:
     yield from _alpha_findings(patches)
-    small = {t.dtype for patch in patches.values() for _, t in patch.roles() if t.dtype.startswith(("F8", "F4", "F6"))}
+    stored = {ref.dtype for ref in file.tensors.values() if ref.dtype.startswith(_SMALL)}
+    small = {t.dtype for patch in patches.values() for _, t in patch.roles()} & stored if stored else stored
     if small:
         text = f"factors are stored as {', '.join(sorted(small))}: cast before doing maths"
         yield Finding("small-floats", "warning", text)

@@ -10,8 +10,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from hubtool.adapters.low_rank import LowRank
 from hubtool.types import Finding
@@ -20,17 +20,17 @@ KEY = "lora_adapter_metadata"
 _LITERAL = re.compile(r"\^?[\w.\-\\]+")
 _OPTIONAL_HEAD = "text_model."
 _MANY_KEYS = 32
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class PeftConfig:
+class PeftConfig(NamedTuple):
     """What one component's configuration says about scales. ``alpha`` None: the file says nothing, alpha = rank.
 
     ``neumann_terms``: the length of the series that PEFT's OFT puts in place of the inverse; None for the exact one.
     """
 
     alpha: float | None = None
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = _NONE
     rank_stabilised: bool = False
     neumann_terms: int | None = None
     findings: tuple[Finding, ...] = ()
@@ -126,10 +126,9 @@ def anchored(config: dict[str, Any]) -> dict[str, Any]:
 
     PEFT compiles every key for every module; beyond its regex cache (512) a file of hundreds of keys takes seconds to load.
     """
-    names = set(config["target_modules"])
-    ends = {name[at + 1 :] for name in names for at, letter in enumerate(name) if letter == "."}
-    shadowed = names & ends
-    for key in ("rank_pattern", "alpha_pattern"):
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config[key]]
+    shadowed = _shadowed(config["target_modules"]) if patterns else frozenset()
+    for key in patterns:
         names_of: dict[Any, list[str]] = {}
         for path, value in config[key].items():
             names_of.setdefault(value, []).append(f"^{path}" if path in shadowed else path)
@@ -138,3 +137,9 @@ def anchored(config: dict[str, Any]) -> dict[str, Any]:
             name: value for value, paths in names_of.items() for name in (["|".join(paths)] if joined else paths)
         }
     return config
+
+
+def _shadowed(names: Iterable[str]) -> frozenset[str]:
+    """Names that are the end of a longer one, which their pattern would match too."""
+    listed = frozenset(names)
+    return listed & {name[at + 1 :] for name in listed for at, letter in enumerate(name) if letter == "."}

@@ -6,7 +6,6 @@ A repair is offered only when it is injective and more keys mean something after
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -71,7 +70,7 @@ class Repair:
 @cache
 def rules() -> tuple[Rule, ...]:
     """The repairs of ``schemas/repairs.toml``, in the order in which they are tried."""
-    doc = tomllib.loads((resources.schemas() / "repairs.toml").read_text(encoding="utf-8"))
+    doc = resources.table("repairs.toml")
     return tuple(Rule(row["id"], row["title"], re.compile(row["match"]), row["replace"]) for row in doc["repair"])
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubtool import resources
-from hubtool.errors import TableError, UnknownFamily, UnknownLayout
+from hubtool.errors import UnknownFamily, UnknownLayout
 from hubtool.layouts.naming import PARTS, Naming
 from hubtool.layouts.naming import naming as read_naming
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """A model family. ``descends_from``: the family whose modules it took over unchanged, which claims files that fit both. ``components``: component -> the models (sizes) it may be; ``usual``: syntax -> the naming it uses when none is asked for;
     ``namings``: the first table of each naming; ``naming_tables``: all, one per naming and component.
     """
@@ -39,8 +35,7 @@ class Family:
         return next((one for one in self.naming_tables if (one.id, one.component) == (naming, component)), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(NamedTuple):
     """Positions of a positional syntax: ``paths[i]`` is the canonical module at index i."""
 
     component: str
@@ -49,8 +44,7 @@ class Walk:
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Syntax:
+class Syntax(NamedTuple):
     """How a module path and a role become a key.
 
     ``prefixes``: component -> spellings, the written one first (``"*"`` stands for a single unnamed component).
@@ -86,21 +80,13 @@ class Syntax:
         return self.roles.get(component, self.roles["*"])
 
 
-@dataclass(frozen=True, slots=True)
-class Algorithm:
+class Algorithm(NamedTuple):
     """The complete sets of roles that make one algorithm, and the roles that may accompany them."""
 
     id: str
     title: str
     sets: tuple[frozenset[str], ...]
     optional: frozenset[str]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise TableError(f"{path.name}: {error}", path=path) from error
 
 
 @cache
@@ -114,7 +100,7 @@ def family(name: str) -> Family:
     """The compiled family table. Raises ``UnknownFamily``."""
     if name not in family_ids():
         raise UnknownFamily(f"there is no family {name!r}", hint=f"known families: {', '.join(family_ids())}")
-    doc = _read(resources.schemas() / "families" / f"{name}.toml")
+    doc = resources.table(f"families/{name}.toml")
     head = doc["family"]
     namings = [read_naming(key, body) for key, body in doc.get("naming", {}).items()]
     return Family(
@@ -134,7 +120,8 @@ def family(name: str) -> Family:
 @cache
 def syntaxes() -> Mapping[str, Syntax]:
     """All syntaxes by id, in their ``order``, then by name."""
-    docs = {doc["syntax"]["id"]: doc for doc in map(_read, sorted((resources.schemas() / "syntaxes").glob("*.toml")))}
+    names = sorted(path.name for path in (resources.schemas() / "syntaxes").glob("*.toml"))
+    docs = {doc["syntax"]["id"]: doc for doc in (resources.table(f"syntaxes/{name}") for name in names)}
     found = sorted((_syntax(doc, docs) for doc in docs.values()), key=lambda one: (one.order, one.id))
     return MappingProxyType({one.id: one for one in found})
 
@@ -195,7 +182,7 @@ def _expand(text: str) -> Iterator[str]:
 
 @cache
 def _algorithm_file() -> dict[str, Any]:
-    return _read(resources.schemas() / "algorithms.toml")
+    return resources.table("algorithms.toml")
 
 
 @cache
@@ -229,8 +216,7 @@ def _suffix_rows(syntax: Syntax) -> Iterator[tuple[str, tuple[str, str, str, str
         yield text, (syntax.id, "*", role, module)
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """A syntax and a naming; ``str()`` is what ``inspect`` prints and ``convert --layout`` takes."""
 
     syntax: str

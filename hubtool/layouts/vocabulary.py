@@ -5,7 +5,6 @@ Names are never un-flattened by pattern: ``.`` -> ``_`` has no collision in any 
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import re
@@ -22,6 +21,7 @@ from hubtool.types import Shape
 Modules = Mapping[str, Mapping[str, Shape]]
 Entries = list[tuple[str, Mapping[str, Shape]]]
 _OPTIONAL_HEAD = "text_model."  # transformers >= 5.6 drops it in CLIPTextModel; files exist in both forms
+_NO_MODULE: Mapping[str, Shape] = MappingProxyType({})
 _GROUP = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}")
 
 
@@ -29,7 +29,7 @@ _GROUP = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}")
 def model(name: str) -> Modules:
     """Module path -> {parameter: shape} of one model, loaded once. ``""`` holds top-level parameters."""
     path = resources.schemas() / "vocabularies" / f"{name}.json.gz"
-    return MappingProxyType(expand(json.loads(gzip.decompress(path.read_bytes()))))
+    return MappingProxyType(expand(json.loads(resources.unpacked(path))))
 
 
 def expand(folded: Mapping[str, Mapping[str, Iterable[int]]]) -> dict[str, Mapping[str, Shape]]:
@@ -82,7 +82,10 @@ def weight_shapes(name: str, component: str, path: str) -> tuple[Shape, ...]:
 
 def weight_shape(name: str, component: str, path: str) -> Shape | None:
     """Shape of the module's weight in the first size of the family; None when the family has no such module."""
-    return next(iter(weight_shapes(name, component, path)), None)
+    tables = (
+        model(one).get(path, _NO_MODULE) for one in models(name, component)
+    )  # most are in the first: few are loaded
+    return next((table["weight"] for table in tables if "weight" in table), None)
 
 
 @cache
@@ -105,7 +108,7 @@ def spellings(name: str, component: str, joiner: str, size: str | None = None) -
             continue  # parameters of the model itself: no adapter has a module without a name
         text = spelled if joiner == "." else spelled.replace(".", "_")
         known = table.setdefault(text, place)
-        if known.parts != place.parts:
+        if known is not place and known.parts != place.parts:
             raise TableError(f"{name}: {text} is both {known.parts[0]} and {place.parts[0]}")
     return MappingProxyType(table)
 

@@ -14,9 +14,8 @@ from hubtool.layouts import tables
 from hubtool.layouts.emission import Emission, Loss
 from hubtool.layouts.emit import emit
 from hubtool.layouts.parse import Parsed
-from hubtool.ops import promotion
 from hubtool.ops.containers import config_losses, container
-from hubtool.ops.plan import Plan
+from hubtool.ops.plan import Plan, Promoted
 from hubtool.tensors.expr import Read
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def plan(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
     """What converting the adapter to ``target.layout`` (or its own) will write. Raises ``ConversionError``, ``UnknownFamily``, ``UsageProblem``."""
     adapter = selected(parsed.adapter, target.component)
     _refuse_errors(adapter)
-    promoted = promotion.promote(adapter, target.algorithm, target.family)
+    promoted = _promoted(adapter, target)
     emission = spelled(promoted.adapter, target.layout or str(parsed.layout), parsed, target.family)
     if target.component is None and not promoted.promotions and _spells_alike(file, emission, parsed):
         return container(file, target.format, parsed)
@@ -55,6 +54,15 @@ def plan(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
     return _new(file, promoted, emission, kind, source)
 
 
+def _promoted(adapter: Adapter, target: Target) -> Promoted:
+    """The adapter with its modules rewritten as ``target.algorithm``; as it is where none was asked for."""
+    if target.algorithm is None:
+        return Promoted(adapter)
+    from hubtool.ops.promotion import promote
+
+    return promote(adapter, target.algorithm, target.family)
+
+
 def _spells_alike(file: TensorFile, emission: Emission, parsed: Parsed) -> bool:
     """Whether the layout has the file's very keys: two namings may call a file's modules alike."""
     if emission.losses or emission.layout.syntax != parsed.layout.syntax:
@@ -64,9 +72,7 @@ def _spells_alike(file: TensorFile, emission: Emission, parsed: Parsed) -> bool:
     )
 
 
-def _new(
-    file: TensorFile, promoted: promotion.Promoted, emission: Emission, kind: str, source: receipts.Receipt
-) -> Plan:
+def _new(file: TensorFile, promoted: Promoted, emission: Emission, kind: str, source: receipts.Receipt) -> Plan:
     adapter = promoted.adapter
     metadata = receipts.carried_metadata(adapter.metadata) | emission.metadata | {receipts.KEY: source.dump()}
     losses = (*promoted.refused, *emission.losses, *_metadata_losses(adapter, kind))

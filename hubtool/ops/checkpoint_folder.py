@@ -91,10 +91,7 @@ def _scheduler(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _index(source: Source, checkpoint: Checkpoint, base: Path | None) -> dict[str, Any]:
     made = configs.model_index(source.pipeline, checkpoint.weights)
-    cls = next(
-        (source.pipeline.variants[name] for name in sorted(source.variants & source.pipeline.variants.keys())), None
-    )
-    made = {**made, "_class_name": cls} if cls else made
+    made = {**made, "_class_name": source.pipeline.class_for(source.variants)}
     kept = _read(base, _INDEX)
     if not isinstance(kept, dict):
         return made

@@ -33,9 +33,11 @@ def plan(file: TensorFile, target: Target) -> Plan:
 
 
 def _adapter(file: TensorFile, parsed: Parsed, target: Target) -> Plan:
-    from hubtool.ops import adapters, repairing
+    from hubtool.ops import adapters
 
     if target.layout == ORIGIN:
+        from hubtool.ops import repairing
+
         return repairing.back(file, parsed, target, plan)
     if target.algorithm is None and target.component is None and adapters.keeps_layout(parsed, target):
         return container(file, target.format, parsed)
@@ -62,6 +64,10 @@ def _no_layout(file: TensorFile, identity: Identity, target: Target) -> Conversi
     if any(finding.code == "broken-keys" for finding in identity.findings):
         text = "the keys of this adapter were broken by hand"
         return ConversionError(text, path=file.path, hint="mend them in the same step with --repair")
+    if identity.kind == "text_encoder":
+        named = f"of {target.family}" if target.family else "that hubtool knows"
+        text = f"no pipeline {named} has this text encoder ({identity.variant})"
+        return ConversionError(text, path=file.path, hint="without --layout its container can be changed")
     text = f"this {identity.kind} has no layout {target.layout or target.component!r}"
     text = (
         text if identity.kind != "unknown" else "neither an adapter layout nor an embedding encoding explains this file"

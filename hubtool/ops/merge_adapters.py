@@ -2,8 +2,8 @@
 
 The change of every module is what the method makes of the inputs' changes dW_i = scale_i up_i down_i; a truncation is the best that its rank
 allows. Which kinds are exact: LoRA, LoCon, Tucker, LoHa, LoKr (as products of two factors), whole differences, norms and biases (summed as
-such). A module that a single input changes is kept as it is, of whatever kind, at strength 1. DoRA, OFT, IA3 and GLoRA change the base by
-factors of itself: beside another input's change of the same module they are refused by name.
+such), IA3 beside IA3 of the same axis. A module that a single input changes is kept as it is, of whatever kind, at strength 1. DoRA, OFT
+and GLoRA change the base by factors of itself: beside another input's change of the same module they are refused by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import Unsupported, UsageProblem
 from hubtool.layouts import tables, vocabulary
 from hubtool.ops import adapters as spelling
-from hubtool.ops.factor_space import fused, output, reading, terms
+from hubtool.ops.factor_space import copies, fused, output, reading, terms
 from hubtool.ops.factor_space.blend import Space
 from hubtool.ops.factor_space.budget import Budget, ranks
 from hubtool.ops.factor_space.coefficients import combines
@@ -78,7 +78,7 @@ def plan(inputs: Sequence[Source], request: Request, base: Source | None = None)
     family = first.adapter.family or next(iter(first.candidates), None)
     reading.check([one.strengths for one in inputs], adapters, family)
     strengths = [one.strengths.resolved(family) for one in inputs]
-    report = Report(len(inputs))
+    report = Report(len(inputs), dtype=request.dtype)
     asked = Asked(
         method,
         request.parameters,
@@ -184,7 +184,7 @@ def _patches(jobs: Sequence[Job], asked: Asked, request: Request, report: Report
                 continue
             patch, how = _made(job, rank, asked, request)
         patches[job.slot.key] = patch
-        if how == "copied" and isinstance(patch, LowRank) and patch.residual is None:
+        if how == "copied" and copies.measurable(patch):
             report.copied[job.slot.name] = patch
         report.modules[job.slot.name] = Module(len(job.slot.patches), job.slot.ranks, patch.rank, how)
     if not patches:

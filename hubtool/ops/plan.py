@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hubtool.adapters.ir import Adapter
 from hubtool.layouts.emission import Loss
 from hubtool.tensors.evaluate import is_bytes
 from hubtool.tensors.expr import Expr, size, sources
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from hubtool.layouts.repair import Repair
 
 
-@dataclass(frozen=True, slots=True)
-class Promotion:
+class Promotion(NamedTuple):
     """One module rewritten exactly as another algorithm, and the rank that costs."""
 
     module: str
@@ -33,6 +33,14 @@ class Promotion:
             "rank_before": self.rank_before,
             "rank_after": self.rank_after,
         }
+
+
+class Promoted(NamedTuple):
+    """An adapter after promotion. ``refused``: modules that stay what they are, each with the reason."""
+
+    adapter: Adapter
+    promotions: tuple[Promotion, ...] = ()
+    refused: tuple[Loss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

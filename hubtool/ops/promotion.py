@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 from hubtool.adapters.ir import Adapter, ModuleKey, Patch
@@ -11,17 +11,8 @@ from hubtool.adapters.low_rank import LowRank
 from hubtool.errors import Unsupported, UsageProblem
 from hubtool.layouts import vocabulary
 from hubtool.layouts.emission import Loss
-from hubtool.ops.plan import Promotion
+from hubtool.ops.plan import Promoted, Promotion
 from hubtool.types import Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Promoted:
-    """An adapter after promotion. ``refused``: modules that stay what they are, each with the reason."""
-
-    adapter: Adapter
-    promotions: tuple[Promotion, ...] = ()
-    refused: tuple[Loss, ...] = ()
 
 
 def promote(adapter: Adapter, algorithm: str | None, family: str | None = None) -> Promoted:

@@ -142,11 +142,14 @@ class Blocks:
         values = [_number(part.strip(), part) for part in listed.split(",")]
         order = self.lists.get(len(values))
         if order is None:
-            lengths = ", ".join(map(str, sorted(self.lists)))
-            raise UsageProblem(
-                f"{len(values)} block weights for {self.family}", hint=f"its lists have {lengths} numbers"
-            )
+            raise UsageProblem(f"{len(values)} block weights for {self.family}", hint=self._lengths(len(values)))
         return {**dict.fromkeys(self.paths, 0.0), **dict(zip(order, values, strict=True))}
+
+    def _lengths(self, given: int) -> str:
+        """What lists there are, and whose list the given one would be."""
+        own = f"its lists have {', '.join(map(str, sorted(self.lists)))} numbers"
+        others = [family for family in block_families() if given in blocks_of(family).lists]
+        return f"{own}; {given} are those of {', '.join(others)}" if others else own
 
 
 def _unfolded(pattern: str, value: float, blocks: Blocks) -> Iterator[tuple[str, float]]:

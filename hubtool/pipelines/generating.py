@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from hubtool.errors import BadValues, Unsupported, UsageProblem
-from hubtool.pipelines.opening import quiet
+from hubtool.pipelines.outside import quiet
+from hubtool.pipelines.token_tables import prompts
 
 # what people call them -> class of diffusers and what differs from its defaults
 SCHEDULERS: MappingProxyType[str, tuple[str, dict[str, Any]]] = MappingProxyType({
@@ -32,6 +33,7 @@ SCHEDULERS: MappingProxyType[str, tuple[str, dict[str, Any]]] = MappingProxyType
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 })  # fmt: skip
+_T5 = ("text_encoder_3", "tokenizer_3")  # SD 3 works without
 _MOST_SEED = 1 << 63
 # what a picture is asked for by -> the argument of the pipeline's call
 _ARGUMENTS = {"negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale",
@@ -86,10 +88,28 @@ def pictures(
     Raises ``UsageProblem`` for what this pipeline does not take, ``Unsupported`` for one that makes no pictures.
     """
     request.check()
+    check_whole(pipe)
     with _scheduler(pipe, request.scheduler), _quiet(pipe), around():
         for start in range(0, len(request.seeds), request.batch):
             seeds = request.seeds[start : start + request.batch]
             yield from zip(seeds, _batch(pipe, request, seeds, watch), strict=True)
+
+
+def check_whole(pipe: Any) -> None:
+    """Raise ``Unsupported`` for a pipeline that lacks a part, or that asks for more than a prompt."""
+    name = type(pipe).__name__
+    if "mask_image" in _taken(pipe):
+        raise Unsupported(
+            f"a {name} fills a picture in: it needs one and a mask", hint="choose a base that is not for inpainting"
+        )
+    usual = inspect.signature(type(pipe).__init__).parameters.values()
+    wanted = {one.name for one in usual if one.default is one.empty} & {*pipe.components}
+    spare = {*getattr(pipe, "_optional_components", ()), *(_T5 if name.startswith("StableDiffusion3") else ())}
+    absent = sorted(part for part in wanted - spare if getattr(pipe, part, None) is None)
+    if absent:
+        raise Unsupported(
+            f"this {name} makes no pictures: it has no {', '.join(absent)}", hint="name a base that is whole"
+        )
 
 
 def _batch(pipe: Any, request: Request, seeds: Sequence[int], watch: Watch) -> list[Any]:
@@ -129,9 +149,12 @@ def arguments(pipe: Any, request: Request, count: int) -> dict[str, Any]:
         raise Unsupported(f"a {type(pipe).__name__} takes no prompt")
     if refused:
         raise UsageProblem(f"a {type(pipe).__name__} takes no {', '.join(refused)}")
-    if "negative" in asked:
-        asked["negative"] = [asked["negative"]] * count
-    return {"prompt": [request.prompt] * count, **{_ARGUMENTS[name]: value for name, value in asked.items()}}
+    texts = prompts(pipe, request.prompt)
+    texts |= prompts(pipe, asked.pop("negative"), _ARGUMENTS["negative"]) if "negative" in asked else {}
+    return {
+        **{name: [text] * count for name, text in texts.items()},
+        **{_ARGUMENTS[name]: value for name, value in asked.items()},
+    }
 
 
 def settled(pipe: Any, request: Request) -> Request:

@@ -15,7 +15,7 @@ _PAPER, _INK = "white", "black"
 def joined(cells: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequence[str]) -> Any:
     """One picture of ``cells`` (rows of PIL pictures of one size), a label at each row and above each column.
 
-    Labels that are too long are cut. Raises ``UsageProblem`` for an empty grid or one whose rows differ in length.
+    Labels that are too long are cut in the middle. Raises ``UsageProblem`` for an empty grid or one whose rows differ in length.
     """
     if not cells or any(len(row) != len(columns) for row in cells) or len(cells) != len(rows):
         raise UsageProblem("a grid needs as many labels as rows and columns")
@@ -40,12 +40,16 @@ def joined(cells: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequenc
 
 
 def fitted(label: str, font: Any, width: float) -> str:
-    """``label``, cut with an ellipsis to ``width`` pixels."""
-    if font.getlength(label) <= width:
-        return label
-    while label and font.getlength(label + "...") > width:
-        label = label[:-1]
-    return label + "..."
+    """``label``, cut to ``width`` pixels in its middle: names of files differ most often at the end, and the seed stands there."""
+    kept = len(label)
+    while kept and font.getlength(_cut(label, kept)) > width:
+        kept -= 1
+    return _cut(label, kept)
+
+
+def _cut(label: str, kept: int) -> str:
+    """So many of its letters, the larger half from the start."""
+    return label if kept >= len(label) else f"{label[: kept - kept // 2]}...{label[len(label) - kept // 2 :]}"
 
 
 def _font(size: int) -> Any:

@@ -7,23 +7,27 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hubtool.adapters.ir import Adapter
 from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
 from hubtool.pipelines import live
-from hubtool.pipelines.activity import observe, restore_training
+from hubtool.pipelines.activity import Activity, observe, restore_training
 from hubtool.pipelines.collapse import Shares, collapsed, load_shares, plan_shares, unload_shares
 from hubtool.pipelines.families import family_of
+from hubtool.pipelines.kinds import Ask, Content, Effect
 from hubtool.pipelines.lora import Plans, check_name, check_unfused, load_layers, unload_layers
 from hubtool.pipelines.plan import obstacles, plan
-from hubtool.pipelines.report import LoadReport, Record, records
-from hubtool.pipelines.source import read
+from hubtool.pipelines.report import LoadReport, Record, effect_of, records
+from hubtool.pipelines.source import contents
 from hubtool.pipelines.targets import Target, find
-from hubtool.pipelines.tokens import load_tokens, plan_tokens, unload_tokens
+from hubtool.pipelines.tokens import TokenPlan, load_tokens, plan_tokens, unload_tokens
 from hubtool.types import Finding
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def load(
@@ -37,8 +41,10 @@ def load(
     components: Collection[str] | None = None,
     into: Mapping[str, str] | None = None,
     collapse: bool | None = None,
+    settings: Mapping[str, Any] = _NOTHING,
 ) -> LoadReport:
-    """Load an adapter (of any kind, token embeddings, or both) into a diffusers pipeline, beside those that are active.
+    """Load what ``kinds`` has a module for into a diffusers pipeline, beside those that are active: adapters of any algorithm, token
+    embeddings, Custom Diffusion, hypernetworks, aesthetic gradients, null-text inversions.
 
     ``source``: a file or an ``Adapter``. ``strength``: the user's factor on every delta. ``name``: by default the file's stem.
     ``trainable``: hand over the factors as fp32 parameters in ``LoadReport.parameters``, the base weights frozen.
@@ -46,66 +52,110 @@ def load(
     ``into``: the adapter's component -> the pipeline's, for instance ``{"transformer": "transformer_2"}``.
     ``collapse``: put the change into the weights themselves, keeping the originals for ``unload``. By default only where PEFT has no
     layer for it (LoHa, LoKr, biases, norms ...; the report then says why); False refuses such adapters, True does it always.
+    ``settings``: what a kind has beside the strength, such as ``{"steps": 10}`` for an aesthetic embedding.
 
     Everything is checked before anything changes, and a load that changed other modules than planned is taken back. Raises
     ``Unsupported``, ``ShapeMismatch``, ``BadValues``, ``LoadMismatch``, ``UsageProblem``, and what reading the file raises.
     """
-    adapter = read(source, family_of(pipe))
-    goal = _goal(pipe, adapter, components, into)
-    adapter = replace(
-        adapter, patches={(goal[c], path): patch for (c, path), patch in adapter.patches.items() if c in goal}
-    )
+    content = contents(source, Ask(family_of(pipe), components, token, settings))
+    goal = _goal(pipe, content, components, into)
     name = _free_name(pipe, source) if name is None else name
-    _check(pipe, adapter, name, strength)
-    targets = find(pipe, adapter, adapter.patches)
-    reasons = _reasons(pipe, targets, collapse, trainable)
-    shares = plan_shares(targets, strength) if reasons else {}
-    plans = {} if reasons else plan(targets, trainable=trainable)
-    token_plans, findings = plan_tokens(pipe, adapter, token)
-    _check_asked(targets, strength, trainable)
+    _check(pipe, content, name, strength)
+    work = _planned(pipe, content, goal, strength, trainable=trainable, collapse=collapse)
     before = observe(pipe)
     with ExitStack() as undo:
-        undo.callback(_take_out, pipe, name)
-        parameters = _put_in(pipe, plans, shares, name, strength, trainable)
-        tokens = load_tokens(pipe, token_plans)
+        undo.callback(_take_out, pipe, name, content.effect)
+        parameters = _put_in(pipe, work, name, strength, trainable)
+        reached = {} if content.effect is None else content.effect.attach(pipe, name, strength)
+        tokens = load_tokens(pipe, work.tokens)
         undo.pop_all()
-    said = (*findings, *(Finding("collapsed", "info", f"put into the weights: {reason}") for reason in reasons))
-    report = LoadReport(name, strength, _modules(targets), tokens, parameters, said, bool(reasons))
-    dtypes = {(one.component, one.path): one.dtype for layers in plans.values() for one in layers}
-    back = {theirs: own for own, theirs in goal.items()}
-    records(pipe)[name] = Record(report, dtypes, tuple(before.trains) if trainable else (), back)
+    report = _told(pipe, content, work, LoadReport(name, strength, reached, tokens, parameters))
+    records(pipe)[name] = _remembered(report, content, work, goal, before if trainable else None)
     return report
 
 
 def unload(pipe: Any, name: str) -> None:
-    """Remove what was loaded as ``name``: factors, wrappers, changes of weights, tokens. The base weights have the bits they had before.
+    """Remove what was loaded as ``name``: factors, wrappers, changes of weights, hooks, tokens. The base weights have their own bits again.
 
     ``name`` may also be a token, or an adapter that was loaded by other means. Raises ``UsageProblem`` when there is none, or while
     adapters are fused.
     """
     record = records(pipe).get(name)
     tokens = dict(record.report.tokens) if record and record.report else _tokens_called(pipe, name)
-    loaded = name in _adapters(pipe)
-    if not loaded and not tokens:
+    effect, loaded = effect_of(pipe, name), name in _adapters(pipe)
+    if not loaded and not tokens and effect is None:
         present = sorted({*_adapters(pipe), *records(pipe)})
         raise UsageProblem(f"nothing named {name!r} is loaded", hint=f"loaded: {', '.join(present) or 'nothing'}")
     if loaded:
         check_unfused(pipe)
-        _take_out(pipe, name)
+    _take_out(pipe, name, effect)
     unload_tokens(pipe, tokens)
     if record and record.trains:
         restore_training(record.trains)
     records(pipe).pop(name, None)
 
 
-def _put_in(pipe: Any, plans: Plans, shares: Shares, name: str, strength: float, trainable: bool) -> tuple[Any, ...]:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A load that was checked. ``reasons``: why changes go into the weights; either ``shares`` or ``plans`` are empty."""
+
+    targets: list[Target]
+    reasons: list[str]
+    shares: Shares
+    plans: Plans
+    tokens: list[TokenPlan]
+    findings: list[Finding]
+
+
+def _planned(
+    pipe: Any, content: Content, goal: Mapping[str, str], strength: float, *, trainable: bool, collapse: bool | None
+) -> _Work:
+    """Everything that can be refused is refused here, before the pipeline changes."""
+    adapter = _aimed(content.adapter, goal)
+    targets = find(pipe, adapter, adapter.patches)
+    reasons = _reasons(pipe, targets, collapse, trainable)
+    shares = plan_shares(targets, strength) if reasons else {}
+    plans = {} if reasons else plan(targets, trainable=trainable)
+    tokens, findings = plan_tokens(pipe, adapter, content.token)
+    if content.effect is None:
+        _check_asked(targets, strength, trainable)
+    else:
+        _check_effect(pipe, content, strength, trainable, collapse)
+    return _Work(targets, reasons, shares, plans, tokens, findings)
+
+
+def _told(pipe: Any, content: Content, work: _Work, report: LoadReport) -> LoadReport:
+    """The report with what was done to which modules, and what the user should know of it."""
+    effect = () if content.effect is None else content.effect.findings(pipe)
+    inside = (Finding("collapsed", "info", f"put into the weights: {reason}") for reason in work.reasons)
+    return replace(
+        report,
+        modules={**_modules(work.targets), **report.modules},
+        findings=(*work.findings, *content.findings, *effect, *inside),
+        collapsed=bool(work.reasons),
+        kind=content.kind,
+        negatives=_negatives(content, work.tokens),
+    )
+
+
+def _remembered(
+    report: LoadReport, content: Content, work: _Work, goal: Mapping[str, str], before: Activity | None
+) -> Record:
+    dtypes = {(one.component, one.path): one.dtype for layers in work.plans.values() for one in layers}
+    back = {theirs: own for own, theirs in goal.items()}
+    return Record(report, dtypes, tuple(before.trains) if before else (), back, content.effect)
+
+
+def _put_in(pipe: Any, work: _Work, name: str, strength: float, trainable: bool) -> tuple[Any, ...]:
     """Either layers or shares of the weights; the parameters to train."""
-    load_shares(pipe, shares, name)
-    parameters = load_layers(pipe, plans, name, strength, trainable=trainable) if plans else []
+    load_shares(pipe, work.shares, name)
+    parameters = load_layers(pipe, work.plans, name, strength, trainable=trainable) if work.plans else []
     return tuple(parameters) if trainable else ()
 
 
-def _take_out(pipe: Any, name: str) -> None:
+def _take_out(pipe: Any, name: str, effect: Effect | None = None) -> None:
+    if effect is not None:
+        effect.detach(pipe, name)
     unload_shares(pipe, name)
     if name in live.adapter_names(pipe):
         unload_layers(pipe, name)
@@ -117,10 +167,12 @@ def _adapters(pipe: Any) -> set[str]:
 
 
 def _goal(
-    pipe: Any, adapter: Adapter, chosen: Collection[str] | None, into: Mapping[str, str] | None
+    pipe: Any, content: Content, chosen: Collection[str] | None, into: Mapping[str, str] | None
 ) -> dict[str, str]:
     """The adapter's components that are asked for -> the pipeline's that take them."""
-    own, into = adapter.components(), into or {}
+    own, into = tuple(content.adapter.components()), into or {}
+    if content.effect is not None:
+        own, into = _whole(content, chosen, into), {}
     unknown = {*(chosen or ()), *into} - set(own)
     if unknown:
         raise UsageProblem(f"the adapter has no {', '.join(sorted(unknown))}; it changes {', '.join(own)}")
@@ -130,10 +182,26 @@ def _goal(
     return goal
 
 
-def _check(pipe: Any, adapter: Adapter, name: str, strength: float) -> None:
+def _whole(content: Content, chosen: Collection[str] | None, into: Mapping[str, str]) -> tuple[str, ...]:
+    """The components that an effect acts on: all of them, and where they are. Raises ``UsageProblem`` for anything else."""
+    assert content.effect is not None
+    own = content.effect.components
+    if into or (chosen is not None and not {*own} <= {*chosen}):
+        raise UsageProblem(f"a file of kind {content.kind} acts on {', '.join(own)} of the pipeline, as a whole")
+    return own
+
+
+def _aimed(adapter: Adapter, goal: Mapping[str, str]) -> Adapter:
+    """The patches that are asked for, under the pipeline's names of the components."""
+    patches = {(goal[name], path): patch for (name, path), patch in adapter.patches.items() if name in goal}
+    return replace(adapter, patches=patches)
+
+
+def _check(pipe: Any, content: Content, name: str, strength: float) -> None:
+    adapter = content.adapter
     if not math.isfinite(strength):
         raise BadValues(f"a strength of {strength} is no number")
-    if not adapter.patches and not adapter.embeddings:
+    if not adapter.patches and not adapter.embeddings and content.effect is None:
         raise Unsupported("there is nothing in this file that a pipeline can load", hint="hubtool inspect FILE")
     check_name(name)
     if name in records(pipe) or name in _adapters(pipe):
@@ -143,6 +211,21 @@ def _check(pipe: Any, adapter: Adapter, name: str, strength: float) -> None:
     family = family_of(pipe)
     if adapter.family and family and adapter.family != family:
         raise LoadMismatch(f"the adapter is for {adapter.family}, this {type(pipe).__name__} is {family}")
+
+
+def _check_effect(pipe: Any, content: Content, strength: float, trainable: bool, collapse: bool | None) -> None:
+    """An effect can be had as it is asked for."""
+    assert content.effect is not None
+    if trainable or collapse:
+        asked = "trained in a pipeline" if trainable else "put into the weights"
+        raise Unsupported(f"a file of kind {content.kind} is not {asked}: it acts from outside the weights")
+    content.effect.check(pipe, strength)
+
+
+def _negatives(content: Content, plans: Iterable[TokenPlan]) -> tuple[str, ...]:
+    """The negative tokens as the tokenizer spells them."""
+    pairs = zip(content.adapter.embeddings, plans, strict=True)
+    return tuple(dict.fromkeys(plan.token for own, plan in pairs if own.token in content.negatives))
 
 
 def _reasons(pipe: Any, targets: list[Target], collapse: bool | None, trainable: bool) -> list[str]:

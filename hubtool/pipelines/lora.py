@@ -151,9 +151,14 @@ def _settle(pipe: Any, plans: Plans, name: str, strength: float, before: Activit
 
 def _take_back(pipe: Any, name: str, before: Activity) -> None:
     for model in live.components(pipe).values():
-        _delete(model, name)
-        _unwrap(model)
+        take_out(model, name)
     restore(pipe, before, without=name)
+
+
+def take_out(model: Any, name: str) -> None:
+    """Remove adapter ``name`` from one component, and the wrappers that no other adapter needs."""
+    _delete(model, name)
+    _unwrap(model)
 
 
 def _delete(model: Any, name: str) -> None:

@@ -52,9 +52,12 @@ def adapter_of(pipe: Any, name: str) -> Adapter:
     """What the pipeline holds under ``name``, as an ``Adapter`` with canonical paths, each module with its own rank and alpha.
 
     Factors that were widened for the pipeline and did not change since go back to their own dtype, which loses nothing.
-    Raises ``UsageProblem`` when there is no such adapter.
+    Raises ``UsageProblem`` when there is no such adapter, ``Unsupported`` for what acts from outside the weights.
     """
     record = records(pipe).get(name, Record())
+    if record.effect is not None:
+        kind = record.report.kind if record.report else "effect"
+        raise Unsupported(f"{name} is a {kind}, no change of weights: its own file keeps it", hint="hubtool convert FILE")
     patches: dict[ModuleKey, Patch] = {**_layers(pipe, name, record), **patches_of(pipe, name)}
     family = _family(pipe)
     names = {component: _called(record.back.get(component, component), family) for component, _ in patches}
@@ -79,9 +82,16 @@ def _called(component: str, family: str | None) -> str:
 
 
 def _layers(pipe: Any, name: str, record: Record) -> dict[ModuleKey, Patch]:
+    models = live.components(pipe).items()
+    return {key: patch for c, model in models for key, patch in layers_of(model, c, name, record.dtypes).items()}
+
+
+def layers_of(
+    model: Any, component: str, name: str, dtypes: Mapping[tuple[str, str], str] = MappingProxyType({})
+) -> dict[ModuleKey, Patch]:
+    """The factors of adapter ``name`` in one component, by canonical path. ``dtypes``: of the source, by (component, live path)."""
     return {
-        (component, live.canonical_path(component, path)): _patch(layer, name, record.dtypes.get((component, path)))
-        for component, model in live.components(pipe).items()
+        (component, live.canonical_path(component, path)): _patch(layer, name, dtypes.get((component, path)))
         for path, layer in live.adapter_layers(model, name).items()
     }
 

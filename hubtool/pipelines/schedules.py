@@ -24,11 +24,13 @@ from hubtool.adapters.ir import Adapter
 from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
 from hubtool.pipelines import live, weights
 from hubtool.pipelines.collapse import collapsed, plan_shares
-from hubtool.pipelines.composition import Component, Composition, Layer, Slot, State, compose, weigh
+from hubtool.pipelines.composition import Composition, Layer, Slot, compose
 from hubtool.pipelines.families import family_of
 from hubtool.pipelines.lora import check_unfused
+from hubtool.pipelines.report import effect_of
 from hubtool.pipelines.schedule_steps import following
 from hubtool.pipelines.schedule_store import TensorStore
+from hubtool.pipelines.schedule_weights import Component, State, weigh
 from hubtool.pipelines.source import read
 from hubtool.pipelines.targets import find
 from hubtool.pipelines.weights import Share
@@ -135,6 +137,8 @@ def _slots(pipe: Any, pairs: Iterable[tuple[Source, ScheduleLike]], steps: int, 
         series = _Series(asked if isinstance(asked, Schedule) else Schedule(asked), steps)
         if isinstance(source, str) and source in live.adapter_names(pipe):
             yield from _layers(pipe, source, series)
+        elif isinstance(source, str) and (effect := effect_of(pipe, source)) is not None:
+            yield from effect.slots(pipe, source, series.of)
         else:
             for share, inside in _shares(pipe, source):
                 strengths = series.of(*share.source)

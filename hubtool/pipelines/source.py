@@ -1,55 +1,42 @@
-"""From a file to the adapter a pipeline shall get."""
+"""From a file to what a pipeline shall get."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hubtool.adapters.identity import Identity
 from hubtool.adapters.ir import Adapter
-from hubtool.errors import LoadMismatch, Unsupported
+from hubtool.errors import LoadMismatch, Unsupported, UsageProblem
 from hubtool.formats import open_file
-from hubtool.formats.base import TensorFile
-from hubtool.layouts import parse_file
 from hubtool.layouts.identify import identify
+from hubtool.pipelines import kinds
+from hubtool.pipelines.kinds import Ask, Content
 
 _SHOWN = 3
 
 
-def read(source: Adapter | str | Path, family: str | None) -> Adapter:
-    """The adapter in ``source``. ``family`` settles a file that fits several.
+def contents(source: Adapter | str | Path, ask: Ask) -> Content:
+    """What is in ``source``. Raises ``Unsupported`` for a kind that no pipeline takes, ``UsageProblem`` for settings it does not have.
 
-    Raises ``Unsupported`` for another kind of file, ``LoadMismatch`` when a tensor belongs to no module: loading the rest would look
-    like success.
+    Raises ``LoadMismatch`` when a tensor belongs to no module: loading the rest would look like success.
     """
-    adapter = source if isinstance(source, Adapter) else _from_file(Path(source), family)
-    if adapter.extras:
-        names = ", ".join(list(adapter.extras)[:_SHOWN])
-        raise LoadMismatch(f"{len(adapter.extras)} tensors belong to no module: {names}", hint="hubtool explain FILE")
-    return adapter
+    if isinstance(source, Adapter):
+        if ask.settings:
+            raise UsageProblem(f"an Adapter has no settings: {', '.join(ask.settings)}")
+        content = Content(source, token=ask.token)
+    else:
+        file = open_file(Path(source))
+        content = kinds.read(file, identify(file), ask)
+    if content.adapter.extras:
+        names = ", ".join(list(content.adapter.extras)[:_SHOWN])
+        count = len(content.adapter.extras)
+        raise LoadMismatch(f"{count} tensors belong to no module: {names}", hint="hubtool explain FILE")
+    return content
 
 
-def _from_file(path: Path, family: str | None) -> Adapter:
-    file = open_file(path)
-    identity = identify(file)
-    if identity.kind == "textual_inversion":
-        return Adapter(identity.family, {}, identity.embeddings, metadata=file.metadata, findings=identity.findings)
-    if identity.kind != "lora":
-        raise Unsupported(
-            f"{_called(identity)} cannot be loaded into a pipeline", path=path, hint=f"hubtool inspect {path}"
-        )
-    return _parsed(file, family)
-
-
-def _called(identity: Identity) -> str:
-    return (
-        f"this is of kind {identity.kind}, which"
-        if identity.kind != "unknown"
-        else "what this is could not be told, and it"
-    )
-
-
-def _parsed(file: TensorFile, family: str | None) -> Adapter:
-    parsed = parse_file(file)
-    if parsed.adapter.family is None and family in parsed.candidates:
-        return parse_file(file, family).adapter
-    return parsed.adapter
+def read(source: Adapter | str | Path, family: str | None) -> Adapter:
+    """The adapter in ``source``. ``family`` settles a file that fits several. Raises ``Unsupported`` for what is none; as ``contents``."""
+    content = contents(source, Ask(family))
+    if content.effect is not None:
+        hint = "hubtool.load it first, with a name, and give that name"
+        raise Unsupported(f"a file of kind {content.kind} is no change of weights", hint=hint)
+    return content.adapter

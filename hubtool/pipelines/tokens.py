@@ -14,7 +14,7 @@ from typing import Any
 
 from hubtool.adapters.ir import Adapter, Embedding
 from hubtool.errors import BadValues, LoadMismatch, ShapeMismatch, Unsupported, UsageProblem
-from hubtool.pipelines import live
+from hubtool.pipelines import live, token_tables
 from hubtool.tensors.evaluate import compute
 from hubtool.types import Finding
 
@@ -31,7 +31,7 @@ class TokenPlan:
     vectors: Any
 
     def names(self) -> tuple[str, ...]:
-        return (self.token, *(f"{self.token}_{i}" for i in range(1, len(self.vectors))))
+        return token_tables.names_of(self.token, len(self.vectors))
 
 
 def plan_tokens(
@@ -40,12 +40,12 @@ def plan_tokens(
     """Work out which encoder learns what. ``token`` overrides the file's own names, one for each.
 
     Raises ``UsageProblem`` for a token that is missing or taken, ``ShapeMismatch`` where no encoder has the vectors' width,
-    ``BadValues`` for NaN and infinity, ``Unsupported`` where diffusers has no textual inversion.
+    ``BadValues`` for NaN and infinity, ``Unsupported`` for a pipeline without text encoders.
     """
     if not adapter.embeddings:
         return [], []
-    if not hasattr(pipe, "load_textual_inversion"):
-        raise Unsupported(f"{type(pipe).__name__} has no textual inversion")
+    if not live.encoders(pipe):
+        raise Unsupported(f"{type(pipe).__name__} has no text encoder with a tokenizer that could learn a token")
     names = _names(adapter.embeddings, token)
     plans, findings = [], []
     for embedding in adapter.embeddings:
@@ -76,6 +76,10 @@ def unload_tokens(pipe: Any, added: Tokens) -> None:
     """Remove tokens and their rows; the rows that stay keep their bits, the tokens that stay keep their vectors."""
     for component, names in added.items():
         encoder, tokenizer = live.encoders(pipe)[component]
+        if not token_tables.served(pipe, encoder):
+            token_tables.remove(encoder, tokenizer, names)
+            _restore_eos(encoder, tokenizer)
+            continue
         flag = encoder.get_input_embeddings().weight.requires_grad
         with live.aside():
             pipe.unload_textual_inversion(list(names), tokenizer=tokenizer, text_encoder=encoder)
@@ -141,6 +145,9 @@ def _check_free(pipe: Any, plans: list[TokenPlan]) -> None:
         if clash:
             raise UsageProblem(f"{one.encoder} knows the token {min(clash)} already", hint="choose another with token=")
         taken[one.encoder].update(one.names())
+        if not token_tables.served(pipe, encoder):
+            token_tables.check(encoder, tokenizer)
+            continue
         rows, known = encoder.get_input_embeddings().num_embeddings, len(tokenizer)
         if rows != known:
             raise Unsupported(f"{one.encoder} has {rows} rows for {known} tokens; diffusers would cut its table")
@@ -156,6 +163,9 @@ def _unserved(pipe: Any, plans: list[TokenPlan]) -> list[Finding]:
 
 def _add(pipe: Any, one: TokenPlan) -> None:
     encoder, tokenizer = live.encoders(pipe)[one.encoder]
+    if not token_tables.served(pipe, encoder):
+        token_tables.add(encoder, tokenizer, one.names(), one.vectors)
+        return
     flag = encoder.get_input_embeddings().weight.requires_grad
     with live.aside():  # resizing draws random rows, all of which are overwritten
         pipe.load_textual_inversion(one.vectors, token=one.token, text_encoder=encoder, tokenizer=tokenizer)

@@ -57,7 +57,7 @@ FIELDS = {
         Field("format", "word", "a.format", "safetensors, torch-zip ..."),
         Field("health", "word", "a.health", "ok, suspect, corrupt, unreadable"),
         Field("id", "digest", "a.uid", "the beginning of an id"),
-        Field("base", "text", "a.base_key", "what the metadata claims as base model"),
+        Field("base", "text", "a.base_key", "base model by the metadata, else by the card of its repository"),
         Field("title", "text", "a.title_key", "title in the metadata"),
         Field("dtype", "set", "a.dtypes", "f16, bf16, f32 ..."),
         Field("size", "size", "a.size", "bytes: >100M, 10M..2G, 900MiB"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, and_, delete, insert, select, update
 
 from hubtool.registry import hub_models
 from hubtool.registry.columns import now
@@ -26,6 +26,7 @@ from hubtool.registry.hub_facts import (
     origins,
     receipts,
 )
+from hubtool.registry.models import artifact as artifacts_table
 from hubtool.registry.models import hash_, trigger_word
 from hubtool.registry.store import Store
 from hubtool.registry.text import clean, fold
@@ -75,7 +76,7 @@ def _replace(connection: Connection, table: Table, same: dict[str, Any], row: di
 
 
 def record_card(store: Store, facts: Card, artifacts: Iterable[int] = ()) -> None:
-    """Keep what a repository's card says, and its trigger words for the artifacts that came from it (source ``hub``)."""
+    """Keep what a repository's card says, and for the artifacts that came from it its trigger words (source ``hub``) and base models."""
     same = {"endpoint": facts.endpoint, "repo": facts.repo}
     words = [clean(word) for word in facts.trigger_words]
     row = {
@@ -94,6 +95,7 @@ def record_card(store: Store, facts: Card, artifacts: Iterable[int] = ()) -> Non
         _replace(connection, hub_models.hub_card, same, row)
         for artifact in artifacts:
             _write_words(connection, artifact, words, "hub")
+            _write_base(connection, artifact, facts.base_models)
 
 
 def record_claims(store: Store, claims: Iterable[Claims]) -> None:
@@ -116,6 +118,14 @@ def _write_words(connection: Connection, artifact: int, words: Sequence[str], so
     ]
     if rows:
         connection.execute(insert(trigger_word), rows)
+
+
+def _write_base(connection: Connection, artifact: int, bases: Sequence[str]) -> None:
+    """What the card names as base, where the file itself names none."""
+    text = clean(", ".join(bases))
+    if text:
+        unsaid = and_(artifacts_table.c.id == artifact, artifacts_table.c.base_model.is_(None))
+        connection.execute(update(artifacts_table).where(unsaid).values(base_model=text, base_key=fold(text)))
 
 
 def record_receipt(store: Store, receipt: Receipt) -> int:

@@ -161,7 +161,10 @@ def _insert_location(connection: Connection, place: LocationRecord, artifact_id:
 
 def refresh(connection: Connection, artifact_id: int, record: ArtifactRecord) -> None:
     """Replace what an earlier scan found out about an artifact; computed hashes, lineage and user data stay."""
-    connection.execute(update(models.artifact).where(_A.id == artifact_id).values(**artifact_values(record)))
+    values = artifact_values(record)
+    if record.base_model is None:  # then it may be known from a hub's card
+        values = {name: value for name, value in values.items() if name not in ("base_model", "base_key")}
+    connection.execute(update(models.artifact).where(_A.id == artifact_id).values(**values))
     found, word, claimed, doc = models.finding.c, models.trigger_word.c, models.hash_.c, models.artifact_doc.c
     connection.execute(delete(models.finding).where(found.artifact_id == artifact_id, found.source == "scan"))
     connection.execute(delete(models.trigger_word).where(word.artifact_id == artifact_id, word.source == "file"))

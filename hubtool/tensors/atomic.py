@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import stat
 import threading
@@ -162,6 +163,7 @@ def atomic_file(path: Path, size: int | None, *, force: bool = False) -> Iterato
     missing folder, ``FileError`` for a full disk or any other error of the system.
     """
     final = _target(path, force)
+    sweep_parts(final.parent, final.name)
     try:
         output = _open_part(final)
     except OSError as error:
@@ -192,6 +194,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises ``WouldOverwrite`` when ``path`` exists: folders are never replaced.
     """
     final = _target(path, False)
+    sweep_parts(final.parent, final.name)
     part = final.parent / _part_name(final.name)
     try:
         os.mkdir(part)
@@ -215,9 +218,13 @@ def _publish_folder(part: Path, final: Path) -> None:
         raise _explained(error, final) from error
 
 
-def sweep_parts(folder: Path) -> list[Path]:
-    """Remove parts in ``folder`` whose writer is gone, and return them. Nothing without the suffix is touched."""
-    parts = sorted(folder.glob(f".*{PART_SUFFIX}"))
+def sweep_parts(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove parts in ``folder`` (those of one output where it is named) whose writer is gone, and return them.
+
+    Nothing without the suffix is touched.
+    """
+    stem = "" if name is None else f"{glob.escape(name)}."
+    parts = sorted(folder.glob(f".{stem}*{PART_SUFFIX}"))
     return [part for part in parts if not part.is_symlink() and _removed(part)]
 
 

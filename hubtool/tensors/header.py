@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubtool.errors import CorruptFile, FileError, UnsafeFile
 from hubtool.tensors.columns import MAX_RANK, parse_columns
@@ -26,10 +26,10 @@ _FIRST_READ = 64 << 10
 _MAX_DEPTH = 4
 _LIMIT = 1 << 63
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A checked header. ``raw`` is its JSON as it lies in the file; tensor ranges are absolute; ``tensors`` is in header order."""
 
     raw: bytes
@@ -90,17 +90,23 @@ def serialise(
 
     The data section starts at a multiple of 8; with ``phase`` (a multiple of 8) at that offset within a page of 4096 bytes.
     """
-    document: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
+    parts = [] if metadata is None else [f"{_JSON(METADATA)}:{_JSON(dict(metadata))}"]
     at = 0
     for name, dtype, shape, count in entries:
-        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + count]}
+        parts.append(f"{_JSON(name)}:{_opening(dtype, shape)}{at},{at + count}]}}")
         at += count
     try:
-        raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+        raw = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError:
         raise FileError("a name or a metadata value is not valid text (lone surrogate)") from None
     step, rest = (8, 0) if phase is None else (4096, phase)
     return raw + b" " * ((rest - 8 - len(raw)) % step)
+
+
+@lru_cache(4096)  # a model has few distinct types; a dictionary for each tensor takes longer than the rest of a header
+def _opening(dtype: str, shape: Shape) -> str:
+    """An entry up to its first offset."""
+    return f'{_JSON({"dtype": dtype, "shape": list(shape)})[:-1]},"data_offsets":['
 
 
 def _checked(raw: bytes, document: dict[str, Any], body: int, path: Path) -> Header:

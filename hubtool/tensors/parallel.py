@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from hubtool.errors import BadValues, FileError, ShapeMismatch
 from hubtool.tensors import header as headers
-from hubtool.tensors.atomic import atomic_file
+from hubtool.tensors.atomic import Output, atomic_file
 from hubtool.tensors.dtypes import numel
 from hubtool.tensors.evaluate import Context, Range, chunks, coalesce, compute, is_bytes, pieces
 from hubtool.tensors.expr import Compute, Concat, Expr, Reshape, size, sources
@@ -57,14 +57,26 @@ def write_safetensors_parallel(
     with atomic_file(path, total, force=force) as output:
         output.write(len(header).to_bytes(8, "little") + header)
         placed = list(_placed(order, tensors, 8 + len(header)))
-        crew = _Crew(jobs_of(placed), Target(output, progress), device)
-        _keep_freed_memory()
-        with _unchanged(placed), _single_threaded():
-            crew.run(workers or len(os.sched_getaffinity(0)))
+        write_placed(output, placed, workers=workers, device=device, progress=progress)
         if late is not None:
             _replace_header(output.fd, header, late(header), path)
         headers.read(output.fd, total, path)
     return total
+
+
+def write_placed(
+    output: Output,
+    placed: Sequence[Placed],
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Write tensors to their places in an output that is open, in any order; whatever lies between them is the caller's."""
+    crew = _Crew(jobs_of(placed), Target(output, progress), device)
+    _keep_freed_memory()
+    with _unchanged(placed), _single_threaded():
+        crew.run(workers or len(os.sched_getaffinity(0)))
 
 
 def _replace_header(fd: int, before: bytes, after: bytes, path: Path) -> None:

@@ -12,7 +12,7 @@ from hubtool.tensors import header as headers
 from hubtool.tensors.atomic import PAGE, Output, atomic_file, atomic_folder, is_part, same_file, sweep_parts
 from hubtool.tensors.evaluate import Piece, Range, coalesce, pieces
 from hubtool.tensors.expr import Expr, Read, Reshape, size
-from hubtool.tensors.reading import Sources
+from hubtool.tensors.reading import Sources, pread_exact
 
 __all__ = [
     "Output", "atomic_file", "atomic_folder", "is_part", "rewrite_header_in_place", "same_file", "sweep_parts", "write_safetensors",
@@ -44,14 +44,16 @@ def write_safetensors(
     default that of the file most bytes are copied from, so that the kernel copies whole pages. ``progress`` is called with the bytes
     just written. Raises ``WouldOverwrite``, ``FileError``, and whatever evaluating an expression raises; then nothing was written.
     """
-    header, order = head(path, tensors, metadata, header, phase)
-    total = 8 + len(header) + sum(size(expr) for expr in tensors.values())
+    sizes = {name: size(expr) for name, expr in tensors.items()}
+    header, order = _head(path, tensors, sizes, metadata, header, phase)
+    total = 8 + len(header) + sum(sizes.values())
     with atomic_file(path, total, force=force) as output:
         output.write(len(header).to_bytes(8, "little") + header)
         with Sources() as sources:
-            stream = (piece for name in order for piece in _whole(name, tensors[name], sources))
+            stream = (piece for name in order for piece in _whole(name, tensors[name], sizes[name], sources))
             _write(output, coalesce(stream), sources, progress)
-        headers.read(output.fd, total, path)
+        if pread_exact(output.fd, len(header), 8, path) != header:
+            raise FileError("the header does not lie in the file as it was written", path=path)
     return total
 
 
@@ -63,14 +65,27 @@ def head(
     phase: int | None = None,
 ) -> tuple[bytes, list[str]]:
     """The header of a file of ``tensors``, without its length, and their names in the order of the data. See ``write_safetensors``."""
+    sizes = {name: size(expr) for name, expr in tensors.items()}
+    return _head(path, tensors, sizes, metadata, header, phase)
+
+
+def _head(
+    path: Path,
+    tensors: Mapping[str, Expr],
+    sizes: Mapping[str, int],
+    metadata: Mapping[str, str] | None,
+    header: bytes | None,
+    phase: int | None,
+) -> tuple[bytes, list[str]]:
     if header is not None:
-        order = _order_of(header, tensors, path)
+        order = _order_of(header, tensors, sum(sizes.values()), path)
     else:
         order = list(tensors)
-        entries = [(name, expr.dtype, expr.shape, size(expr)) for name, expr in tensors.items()]
-        header = headers.serialise(entries, metadata, phase=_page_phase(tensors.values()) if phase is None else phase)
+        entries = [(name, expr.dtype, expr.shape, sizes[name]) for name, expr in tensors.items()]
+        phase = _page_phase(tensors.values(), sizes.values()) if phase is None else phase
+        header = headers.serialise(entries, metadata, phase=phase)
     # our own output obeys the rules of our reader, before a byte is written
-    headers.parse(header, sum(size(expr) for expr in tensors.values()), path)
+    headers.parse(header, sum(sizes.values()), path)
     return header, order
 
 
@@ -100,9 +115,9 @@ def rewrite_header_in_place(path: Path, header: bytes) -> bool:
         os.close(fd)
 
 
-def _order_of(header: bytes, tensors: Mapping[str, Expr], path: Path) -> list[str]:
+def _order_of(header: bytes, tensors: Mapping[str, Expr], body: int, path: Path) -> list[str]:
     """Names in the order of the data that ``header`` describes, after checking that it describes ``tensors``."""
-    parsed = headers.parse(header, sum(size(expr) for expr in tensors.values()), path).tensors
+    parsed = headers.parse(header, body, path).tensors
     if parsed.keys() != tensors.keys():
         raise ConversionError("the header to reuse names other tensors", path=path)
     for name, ref in parsed.items():
@@ -111,30 +126,28 @@ def _order_of(header: bytes, tensors: Mapping[str, Expr], path: Path) -> list[st
     return sorted(parsed, key=lambda name: (parsed[name].start, parsed[name].end))
 
 
-def _page_phase(exprs: Iterable[Expr]) -> int | None:
+def _page_phase(exprs: Iterable[Expr], sizes: Iterable[int]) -> int | None:
     """Where in a page the data should start so that most copied bytes keep their place in a page; None when it does not matter."""
     wanted: Counter[int] = Counter()
     at = 0
-    for expr in exprs:
+    for expr, count in zip(exprs, sizes, strict=True):
         source = expr.source if isinstance(expr, Reshape) else expr
         if isinstance(source, Read) and source.ref.contiguous and source.ref.inline is None:
-            wanted[(source.ref.start - at) % PAGE] += size(expr)
-        at += size(expr)
-    phase, count = wanted.most_common(1)[0] if wanted else (0, 0)
+            wanted[(source.ref.start - at) % PAGE] += count
+        at += count
+    phase, most = wanted.most_common(1)[0] if wanted else (0, 0)
     # data at odd offsets (files from before 2023) is copied faster than it is read later: never hand that on
-    return phase if count >= _PHASE_FROM and count * 2 > at and phase % 8 == 0 else None
+    return phase if most >= _PHASE_FROM and most * 2 > at and phase % 8 == 0 else None
 
 
-def _whole(name: str, expr: Expr, sources: Sources) -> Iterator[Piece]:
-    """The pieces of one tensor; a wrong total would shift everything behind it."""
-    left = size(expr)
+def _whole(name: str, expr: Expr, wanted: int, sources: Sources) -> Iterator[Piece]:
+    """The pieces of one tensor of ``wanted`` bytes; a wrong total would shift everything behind it."""
+    left = wanted
     for piece in pieces(expr, sources):
         left -= len(piece)
         yield piece
     if left:
-        raise ShapeMismatch(
-            f"{name!r} has {size(expr) - left} bytes where {expr.dtype} {expr.shape} needs {size(expr)}"
-        )
+        raise ShapeMismatch(f"{name!r} has {wanted - left} bytes where {expr.dtype} {expr.shape} needs {wanted}")
 
 
 def _write(output: Output, stream: Iterator[Piece], sources: Sources, progress: Progress | None) -> None:

@@ -23,6 +23,7 @@ class Output:
     folder: str = "trained"
     name: str = "adapter"
     layout: str = "diffusers"
+    form: str = "folder"
     dtype: str = "float32"
     trigger: tuple[str, ...] = ()
     title: str = ""
@@ -65,6 +66,8 @@ class AdapterPart:
     rank_stabilised: bool = False
     dropout: float = 0.0
     text_encoders: bool = False
+    t5: bool = False
+    full: bool = False
     start: str = ""
 
 
@@ -72,6 +75,7 @@ class AdapterPart:
 class Tokens:
     names: tuple[str, ...] = ()
     vectors: int = 1
+    encoders: str = "all"
     start: str = ""
     noise: float = 0.0
     norm_decay: float = 0.0
@@ -115,6 +119,7 @@ class Run:
     accumulate: int = 1
     seed: int = 0
     precision: str = "auto"
+    quantise: str = "none"
     device: str = "auto"
     checkpointing: bool = False
     offload: bool = False
@@ -137,10 +142,14 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A whole run. ``method``: the file of ``training/methods``. ``base``: a diffusers folder, a repository, or a single file."""
+    """A whole run. ``method``: the file of ``training/methods``. ``base``: a diffusers folder, a repository, or a single file.
+
+    ``config_from``: a diffusers folder that a single file takes configurations and tokenizers from.
+    """
 
     method: str = "lora"
     base: str = ""
+    config_from: str = ""
     output: Output = field(default_factory=Output)
     data: Data = field(default_factory=Data)
     adapter: AdapterPart = field(default_factory=AdapterPart)
@@ -167,7 +176,7 @@ def from_mapping(document: Mapping[str, Any]) -> Config:
     if found:
         raise UsageProblem("; ".join(found), hint="hubtool train --explain lists every word")
     sections = {name: cls(**_frozen(document.get(name, {}))) for name, cls in _SECTIONS.items()}
-    plain = {name: document[name] for name in ("method", "base") if name in document}
+    plain = {name: document[name] for name in ("method", "base", "config_from") if name in document}
     return Config(**plain, **sections)
 
 

@@ -19,10 +19,11 @@ from typing import Any
 from hubtool.errors import CorruptFile, Unsupported
 from hubtool.training.config import Config
 from hubtool.training.data.batches import Batches
-from hubtool.training.parts.low_rank import chosen
+from hubtool.training.parts.low_rank import chosen, trains_encoder
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
+_DENOISERS = ("unet", "transformer")
 _WITH_TOKENS = ("textual-inversion", "pivotal", "custom-diffusion")
 # optimiser -> numbers of fp32 kept for each trained one
 _MOMENTS = {"adamw": 2.0, "adafactor": 0.1, "sgd": 0.0, "adamw8bit": 0.5, "prodigy": 4.0}
@@ -70,10 +71,11 @@ def estimate(config: Config, own: Batches, precision: str) -> Estimate:
         samples=run.steps * run.accumulate * run.batch,
         buckets={f"{width}x{height}": len(members) for (width, height), members in sorted(own.of_bucket.items())},
     )
-    if not (Path(config.base) / "model_index.json").is_file():
+    home = Path(config.config_from if config.config_from and Path(config.base).is_file() else config.base)
+    if not (home / "model_index.json").is_file():
         return found
     with _without_memory(precision):
-        models = _skeletons(Path(config.base))
+        models = _skeletons(home)
         parameters = _trained(models, config)
         memory = _memory(models, parameters, config, own, precision)
     fields = {
@@ -84,8 +86,11 @@ def estimate(config: Config, own: Batches, precision: str) -> Estimate:
 
 def _memory(models: dict[str, Any], parameters: int, config: Config, own: Batches, precision: str) -> dict[str, int]:
     size = _BYTES[precision]
-    present = [model for name, model in models.items() if not _waits(name, config)]
-    frozen = sum(size * p.numel() for model in present for p in model.parameters())
+    whole = _whole(models, config)
+    present = {name: one for name, one in models.items() if not _waits(name, config) and name not in whole}
+    frozen = sum(
+        _held(one, size, name in _DENOISERS and config.run.quantise != "none") for name, one in present.items()
+    )
     average = 1 if config.optimiser.ema else 0
     return {
         "frozen weights": frozen,
@@ -98,7 +103,7 @@ def _memory(models: dict[str, Any], parameters: int, config: Config, own: Batche
 
 def _waits(name: str, config: Config) -> bool:
     """Whether a component is in main memory most of the time (``run.offload``)."""
-    trains_text = config.adapter.text_encoders or config.method in _WITH_TOKENS
+    trains_text = config.adapter.text_encoders or config.adapter.t5 or config.method in _WITH_TOKENS
     return config.run.offload and (name == "vae" or (name.startswith("text_encoder") and not trains_text))
 
 
@@ -156,22 +161,43 @@ def _document(path: Path) -> dict[str, Any]:
 def _trained(models: dict[str, Any], config: Config) -> int:
     """Numbers that the method trains."""
     count, tokens = 0, config.method in _WITH_TOKENS
-    clip = [model for model in models.values() if type(model).__name__.startswith("CLIPText")]
     if tokens:
-        widths = sum(model.get_input_embeddings().embedding_dim for model in clip)
+        learners = [model for model in models.values() if _learns(type(model).__name__, config)]
+        widths = sum(model.get_input_embeddings().embedding_dim for model in learners)
         count += len(config.tokens.names) * config.tokens.vectors * widths
     if config.method == "custom-diffusion":
         unet = models.get("unet")
         names = unet.named_modules() if unet is not None else ()
         count += sum(module.weight.numel() for path, module in names if path.endswith((".attn2.to_k", ".attn2.to_v")))
+    if config.adapter.full:
+        return sum(p.numel() for model in _whole(models, config).values() for p in model.parameters())
     if config.method in ("lora", "dreambooth", "pivotal"):
         count += sum(_low_rank(model, component, config) for component, model in models.items())
     return count
 
 
+def _learns(kind: str, config: Config) -> bool:
+    return kind.startswith("CLIPText") or ("T5" in kind and config.tokens.encoders == "all")
+
+
+def _whole(models: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The components all of whose weights train; their own weights wait in main memory."""
+    if not config.adapter.full:
+        return {}
+    return {n: one for n, one in models.items() if n in _DENOISERS or trains_encoder(one, config.adapter)}
+
+
+def _held(model: Any, size: int, quantised: bool) -> int:
+    """Bytes of frozen weights. A quantised linear layer takes half a byte a number, and four for the scale of every 64 (NF4)."""
+    from torch import nn
+
+    whole = sum(size * parameter.numel() for parameter in model.parameters())
+    linear = sum(one.weight.numel() for one in model.modules() if type(one) is nn.Linear) if quantised else 0
+    return whole - size * linear + linear // 2 + linear // 16
+
+
 def _low_rank(model: Any, component: str, config: Config) -> int:
-    encoder = type(model).__name__.startswith("CLIPText") and config.adapter.text_encoders
-    if component not in ("unet", "transformer") and not encoder:
+    if component not in _DENOISERS and not trains_encoder(model, config.adapter):
         return 0
     rows = (
         (model.get_submodule(path).weight, rank) for path, (rank, _) in chosen(model, component, config.adapter).items()
@@ -235,11 +261,15 @@ def _with_layers(denoiser: Any, name: str, config: Config) -> None:
         for path, module in denoiser.named_modules():
             if path.endswith((".attn2.to_k", ".attn2.to_v")):
                 module.requires_grad_(True)
-    if config.method in ("lora", "dreambooth", "pivotal"):
+    if config.adapter.full:
+        denoiser.requires_grad_(True)
+    elif config.method in ("lora", "dreambooth", "pivotal"):
         from peft import LoraConfig
 
         modules = chosen(denoiser, name, config.adapter)
         ranks = {path: rank for path, (rank, _) in modules.items()}
+        if not ranks:  # text encoders alone
+            return
         settings = LoraConfig(r=config.adapter.rank, target_modules=sorted(ranks), rank_pattern=ranks)
         denoiser.add_adapter(settings, adapter_name="planned")
 

@@ -15,7 +15,6 @@ from hubtool.errors import BadValues
 from hubtool.training import checkpoint, loss, optimiser, seeds, validation
 from hubtool.training.bases.base import Sizes
 from hubtool.training.data.batches import Sample
-from hubtool.training.parts.low_rank import trained_encoders
 from hubtool.training.session import Session
 
 LOG = "log.ndjson"
@@ -149,14 +148,22 @@ def _together(session: Session, found: list[tuple[float, float | None]]) -> tupl
 @contextmanager
 def _training(session: Session) -> Iterator[None]:
     """Dropout and checkpointing act on what is trained, and only inside the block."""
-    models = [session.denoiser, *([] if session.texts.frozen else trained_encoders(session.base).values())]
-    for model in models:
-        model.train()
+    session.denoiser.train()
+    for encoder in session.encoders:
+        _awake(encoder)
     try:
         yield
     finally:
-        for model in models:
+        for model in (session.denoiser, *session.encoders):
             model.eval()
+
+
+def _awake(encoder: Any) -> None:
+    """The blocks that compute their activations again, and the trained layers; the dropout that T5 was made with stays off."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for path, module in encoder.named_modules():
+        module.training = isinstance(module, GradientCheckpointingLayer) or ".lora_dropout" in path
 
 
 def _clipped(session: Session, step: int) -> float:

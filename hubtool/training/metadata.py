@@ -23,7 +23,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What happened. ``kind``: lora or textual-inversion; ``prediction``: the objective's name."""
+    """What happened. ``kind``: lora or textual-inversion, empty for a whole checkpoint; ``prediction``: the objective's name."""
 
     family: str
     kind: str
@@ -63,6 +63,8 @@ def _base(config: Config, facts: Facts) -> dict[str, Any]:
 
 def _network(config: Config) -> dict[str, Any]:
     if config.method in ("textual-inversion", "custom-diffusion"):
+        return {}
+    if config.adapter.full and config.output.form != "extract":
         return {}
     adapter = config.adapter
     extra = {"conv_dim": str(adapter.conv_rank), "conv_alpha": str(adapter.conv_alpha)} if adapter.conv_rank else {}
@@ -142,7 +144,7 @@ def _spec(config: Config, facts: Facts) -> dict[str, Any]:
     }
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{_NAMES[facts.family][0]}/{facts.kind}",
+        "modelspec.architecture": "/".join(part for part in (_NAMES[facts.family][0], facts.kind) if part),
         "modelspec.implementation": "diffusers",
         "modelspec.title": output.title or output.name,
         "modelspec.date": facts.finished.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),

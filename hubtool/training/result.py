@@ -23,6 +23,7 @@ from hubtool.tensors.writer import write_safetensors
 from hubtool.training.config import Output
 
 _ENCODER_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
+_FLUX_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "t5"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def write(adapter: Adapter, output: Output, metadata: Mapping[str, str], *, forc
         own = [one for one in adapter.embeddings if one.token == token]
         write_safetensors(
             path,
-            _cast(_tokens(own), output.dtype),
+            _cast(_tokens(own, adapter.family), output.dtype),
             {**metadata, **canonical_metadata(token, "diffusers" if len(own) == 1 else "kohya-sdxl")},
             force=force,
         )
@@ -117,11 +118,12 @@ def _processors(adapter: Adapter) -> Iterator[tuple[str, Expr]]:
         yield key, dict(patch.roles())["set_weight"]
 
 
-def _tokens(own: list[Embedding]) -> dict[str, Expr]:
-    """One encoder: the token itself is the key, as diffusers has it; two: a key for each, as SDXL's embeddings have."""
+def _tokens(own: list[Embedding], family: str | None) -> dict[str, Expr]:
+    """One encoder: the token itself is the key, as diffusers has it; several: a key for each, as SDXL's embeddings have."""
     if len(own) == 1:
         return {str(own[0].token): own[0].vectors}
-    return {_ENCODER_KEYS[str(one.encoder)]: one.vectors for one in own}
+    keys = _FLUX_KEYS if family == "flux1" else _ENCODER_KEYS
+    return {keys[str(one.encoder)]: one.vectors for one in own}
 
 
 def _token_file(output: Output, token: str, tokens: tuple[str, ...], only_tokens: bool) -> Path:

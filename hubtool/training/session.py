@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hubtool.errors import Unsupported, UsageProblem
@@ -22,18 +22,24 @@ from hubtool.training.methods import Method
 from hubtool.training.objectives import Goal
 from hubtool.training.parts.base import Group, Part
 from hubtool.training.parts.low_rank import trained_encoders
+from hubtool.training.parts.tokens import learners
+from hubtool.training.quantised import quantised
 from hubtool.training.team import Team, team
 from hubtool.training.texts import Texts
 
 
 @dataclass(slots=True)
 class Session:
-    """``own`` and ``prior`` deal out the images to learn and those of the class (None without prior preservation)."""
+    """``own`` and ``prior`` deal out the images to learn and those of the class (None without prior preservation).
+
+    ``encoders``: the text encoders that gradients go through.
+    """
 
     config: Config
     method: Method
     pipe: Any
     base: Base
+    encoders: list[Any]
     place: Place
     team: Team
     parts: list[Part]
@@ -72,19 +78,21 @@ def session(pipe: Any, config: Config, method: Method, made: Callable[[], None])
             others = prior.items(pipe, config, made)
         undo.callback(_restore, _modes(pipe))
         _freeze(pipe)
+        undo.enter_context(quantised(getattr(pipe, base.denoiser), config, where))
         parts: list[Part] = []
         undo.callback(_remove, parts)
         for part in method.parts:
             parts.append(part(base, config))  # noqa: PERF401 - a part that fails leaves those before it to be removed
         groups = [group for part in parts for group in part.groups]
         parameters = {name: value for group in groups for name, value in group.parameters.items()}
-        frozen = not any(group.name in ("text", "tokens") for group in groups)
+        encoders = _encoders(base, config, {group.name for group in groups})
+        frozen = not encoders
         for model in _idle(pipe, frozen) if where.offload else ():
             moved(model, "cpu")
         if config.run.checkpointing:
-            undo.callback(_keep_activations, _spare_activations(pipe, base, frozen))
+            undo.callback(_keep_activations, _spare_activations([getattr(pipe, base.denoiser), *encoders]))
         yield Session(
-            config, method, pipe, base, where, crew, parts, groups, parameters, optimiser.make(groups, config.optimiser),
+            config, method, pipe, base, encoders, where, crew, parts, groups, parameters, optimiser.make(groups, config.optimiser),
             where.scaler(), Average(parameters, config.optimiser.ema), objectives.make(pipe.scheduler, config.objective),
             own, Batches(others, config, (), "class") if others else None, Texts(base, where, frozen=frozen), Latents(base, config, where),
         )  # fmt: skip
@@ -155,15 +163,23 @@ def _remove(parts: list[Part]) -> None:
         parts.pop().remove()
 
 
-def _spare_activations(pipe: Any, base: Base, frozen: bool) -> list[Any]:
+def _encoders(base: Base, config: Config, groups: Collection[str]) -> list[Any]:
+    """The text encoders that learn tokens or are trained themselves. An adapter to go on from may be for CLIP without being asked."""
+    found = learners(base, config.tokens) if "tokens" in groups else {}
+    models = {name: encoder for name, (encoder, _) in found.items()}
+    asked = replace(config.adapter, text_encoders=True)
+    return list({**models, **(trained_encoders(base, asked) if "text" in groups else {})}.values())
+
+
+def _spare_activations(models: list[Any]) -> list[Any]:
     """Compute activations again instead of keeping them; the models that do so now."""
-    denoiser = getattr(pipe, base.denoiser)
-    denoiser.enable_gradient_checkpointing()
-    encoders = [] if frozen else list(trained_encoders(base).values())
-    for encoder in encoders:
-        with live.aside():  # transformers renames this method
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return [denoiser, *encoders]
+    for model in models:
+        if hasattr(model, "enable_gradient_checkpointing"):
+            model.enable_gradient_checkpointing()
+        else:
+            with live.aside():  # transformers renames this method
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return models
 
 
 def _keep_activations(models: list[Any]) -> None:

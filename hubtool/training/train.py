@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 from hubtool.adapters.ir import Adapter
 from hubtool.errors import WouldOverwrite
 from hubtool.pipelines.families import family_of
-from hubtool.training import checkpoint, loop, metadata, opening, result
+from hubtool.training import checkpoint, loop, metadata, opening, quantised, result, whole
 from hubtool.training.config import Config, to_toml
 from hubtool.training.device import place
 from hubtool.training.loop import Step
 from hubtool.training.methods import Method, method
 from hubtool.training.parts.base import Part
+from hubtool.training.parts.weights import WeightsPart
 from hubtool.training.result import Written
 from hubtool.training.session import Session, session
 
@@ -76,10 +76,12 @@ def train(
     opening.need_packages()
     chosen = method(config.method)
     chosen.check(config)
+    whole.check(config, chosen.full)
+    quantised.check(config)
     folder = Path(config.output.folder)
     _check_free(config, chosen, resume, force)
     if pipe is None:
-        pipe = opening.opened(config.base, chosen.families, chosen.name, place(config.run).dtype)
+        pipe = opening.opened(config.base, chosen.families, chosen.name, place(config.run).dtype, config.config_from)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
     started = datetime.now(UTC)
@@ -92,20 +94,37 @@ def train(
 
 def _finished(session: Session, steps: list[Step], started: datetime, force: bool) -> Trained:
     config, finished = session.config, datetime.now(UTC)
-    with ExitStack() as stack:
-        stack.enter_context(session.average.applied())
+    with session.average.applied():
         adapter = joined(session.pipe, session.parts)
-    kind = "lora" if adapter.patches else "textual-inversion"
+    kind = _kind(config, adapter)
     facts = metadata.Facts(str(adapter.family), kind, session.goal.name, config.run.steps, started, finished)
     notes = metadata.make(config, session.own, session.prior, facts)
     leads = session.team.leads
-    written = (
-        result.write(adapter, config.output, notes, force=force) if leads else result.named(adapter, config.output)
-    )
+    written = _write(session, adapter, notes, force) if leads else _named(session, adapter)
     count = sum(parameter.numel() for parameter in session.parameters.values())
     resumed = config.run.steps - len(steps)
     seconds = (finished - started).total_seconds()
     return Trained(config, written, tuple(steps), resumed, count, seconds, _peak(session), leads)
+
+
+def _kind(config: Config, adapter: Adapter) -> str:
+    if config.adapter.full:
+        return "lora" if config.output.form == "extract" else ""
+    return "lora" if adapter.patches else "textual-inversion"
+
+
+def _write(session: Session, adapter: Adapter, notes: dict[str, str], force: bool) -> Written:
+    (part,) = session.parts[:1]
+    if not isinstance(part, WeightsPart):
+        return result.write(adapter, session.config.output, notes, force=force)
+    with session.average.applied():
+        return whole.write(session.pipe, part, session.config, notes, force=force)
+
+
+def _named(session: Session, adapter: Adapter) -> Written:
+    """The files that the first process of a team writes."""
+    output = session.config.output
+    return Written(whole.planned(output)) if session.config.adapter.full else result.named(adapter, output)
 
 
 def joined(pipe: Any, parts: list[Part]) -> Adapter:
@@ -122,7 +141,8 @@ def _check_free(config: Config, chosen: Method, resume: bool, force: bool) -> No
             _forget(config)
         return
     tokens = config.tokens.names if "tokens" in chosen.trains else ()
-    for path in result.planned(config.output, tokens, only_tokens=set(chosen.trains) == {"tokens"}):
+    planned = result.planned(config.output, tokens, only_tokens=set(chosen.trains) == {"tokens"})
+    for path in [whole.planned(config.output)] if config.adapter.full else planned:
         if path.exists():
             raise WouldOverwrite("there is a result already", path=path, hint="--force replaces it")
     kept = checkpoint.newest(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubtool.pipelines.token_tables import prompts
 from hubtool.training.data import captions, images
 from hubtool.training.latents import hole
 from hubtool.training.prior import quiet
@@ -40,7 +41,7 @@ def _picture(session: Session, prompt: str, seed: int) -> Any:
     settings = session.config.validation
     size = settings.size or session.config.data.resolution
     asked: dict[str, Any] = {
-        "prompt": prompt, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "height": size, "width": size,
+        **prompts(session.pipe, prompt), "num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "height": size, "width": size,
         "generator": torch.Generator().manual_seed(seed),
     }  # fmt: skip
     if session.base.denoiser == "unet":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import hubtool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,11 @@ def alternate(commands: dict[str, Sequence[str | Path]], outputs: Sequence[Path]
 def copy_and_sync(source: Path, output: Path) -> list[str | Path]:
     """``cp`` followed by fsync, as a shell would: the physical limit."""
     return ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "cp", source, output]
+
+
+def compiled() -> None:
+    """Bytecode for hubtool, as pip makes it for the peers: an editable checkout may never have been allowed to write its own."""
+    compileall.compile_dir(Path(hubtool.__file__).parent, quiet=1)
 
 
 def interpreter() -> float:

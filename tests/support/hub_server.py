@@ -533,6 +533,7 @@ class Handler(BaseHTTPRequestHandler):
             "query": u.query,
             "auth": bool(self.headers.get("Authorization")),
             "range": self.headers.get("Range"),
+            "if_range": self.headers.get("If-Range"),
             "ua": (self.headers.get("User-Agent") or "")[:80],
         }
         self.hub.busy += 0 if u.path.startswith("/_admin/") else 1
@@ -1564,6 +1565,9 @@ class Handler(BaseHTTPRequestHandler):
         m = re.fullmatch(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", rg or "")
         if (self.fault or {}).get("kind") == "norange":
             m = None
+        held = self.headers.get("If-Range")
+        if held and held != ((self.fault or {}).get("headers") or {}).get("ETag", h.get("ETag")):
+            m = None  # RFC 9110 13.1.5: the part the client has is of another file, so the whole one comes
         h.setdefault("Content-Type", "application/octet-stream")
         if not m or not (m[1] or m[2]):
             return self.send(200, b"", h, file=file, rng=(0, size))

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.pull import Options, Pulled, pull
+from hubtool.actions.pull import pull
+from hubtool.actions.pull_result import Options, Pulled
 from hubtool.hub.client import Client
 from tests.support.files import floats, safetensors_bytes
 

@@ -72,7 +72,7 @@ def kinds(pipe: Any, component: str) -> set[str]:
 
 def flat_path(component: str, path: str) -> str:
     """The canonical spelling of a live path: published CLIP names have ``text_model.``."""
-    flat = component.startswith("text_encoder") and path.startswith("encoder.")
+    flat = component.startswith("text_encoder") and path.startswith("encoder.layers.")
     return f"text_model.{path}" if flat else path
 
 

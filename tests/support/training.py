@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hubtool.pipelines.tiny import build
-from hubtool.pipelines.tiny.encoders import tokenizer
+from hubtool.pipelines.tiny import RECIPES, build
 from hubtool.training.config import Config, from_mapping, merged, settings
 
 
@@ -48,40 +47,8 @@ def prior(tmp: Path) -> tuple[str, str]:
 
 def whole(family: str) -> Any:
     """A tiny pipeline with everything that training needs."""
-    pipe = build(family)
-    if family in ("sd3", "flux1"):
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        dynamic = family == "flux1"
-        more = {
-            "tokenizer": tokenizer(),
-            "tokenizer_2": tokenizer() if not dynamic else t5(),
-            "vae": vae(1 if dynamic else 4),
-        }
-        more |= {} if dynamic else {"tokenizer_3": t5()}
-        more["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
-        pipe = type(pipe)(**{**pipe.components, **more})
-        pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def vae(channels: int) -> Any:
-    from diffusers import AutoencoderKL
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoencoderKL(
-            block_out_channels=(4, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=64, scaling_factor=1.5, shift_factor=0.06,
-        ).eval()  # fmt: skip
-
-
-def t5() -> Any:
-    """Letters only: the tiny T5 has 32 ids."""
-    from transformers import T5Tokenizer
-
-    words = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    return T5Tokenizer(vocab=[(word, 0.0) for word in words], extra_ids=0)
+    assert RECIPES[family].whole
+    return build(family)
 
 
 def inpainting() -> Any:

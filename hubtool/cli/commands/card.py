@@ -38,7 +38,7 @@ def command(
     A card that is there keeps what a person wrote. Exit code 1: the Hub would refuse the card.
     """
     from hubtool.actions.card import check_card, is_card, write_card
-    from hubtool.actions.publish import Options
+    from hubtool.actions.publish_result import Options
 
     said = said_of(asked)
     done: Any = (

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
 from hubtool.ops.recipe import Input
+
+if TYPE_CHECKING:
+    from hubtool.ops.collapse.checking import Verdict
 
 _MOST = 8  # of a list that may have an entry for every module
 _CHECKED = 16  # tensors that --check computes again
@@ -142,11 +145,7 @@ def _lines(done: Collapsed) -> Iterator[str]:
 
 def _checks(done: Collapsed) -> Iterator[str]:
     if done.verdict is not None:
-        worst = max((one.worst for one in done.verdict.modules), default=0.0)
-        differing = sum(one.differing for one in done.verdict.modules)
-        values = sum(one.values for one in done.verdict.modules)
-        yield f"check: {'passed' if done.verdict.passed else 'FAILED'}: {len(done.verdict.modules)} tensors in fp64, worst relative error {worst:.3g}"
-        yield f"check: {differing} of {values} values are not the formula's rounded once; {done.verdict.copied} copied tensors, {len(done.verdict.altered)} altered"
+        yield from _verdict(done.verdict)
     if done.compared is not None:
         differing = sum(done.compared.differing.values())
         yield f"compare: {differing} of {done.compared.values} values differ, in {len(done.compared.differing)} of {done.compared.tensors} tensors, worst relative error {done.compared.worst:.3g}"
@@ -159,6 +158,14 @@ def _checks(done: Collapsed) -> Iterator[str]:
             if done.restored
             else "not the very bytes that the recipe remembers: rounding is not undone"
         )
+
+
+def _verdict(found: Verdict) -> Iterator[str]:
+    worst = max((one.worst for one in found.modules), default=0.0)
+    differing, values = (sum(getattr(one, what) for one in found.modules) for what in ("differing", "values"))
+    kept = f"{found.copied - len(found.altered)} of {found.copied} copied tensors have the base's bytes"
+    yield f"check: {'passed' if found.passed else 'FAILED'}: {len(found.modules)} tensors computed again in fp64, {kept}"
+    yield f"check: {differing} of {values} values differ from that sum rounded once, by {worst:.3g} of the tensor's largest value at most"
 
 
 def _first(lines: list[str], what: str) -> list[str]:

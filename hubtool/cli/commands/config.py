@@ -6,12 +6,13 @@ import os
 from typing import Any
 
 import click
-from platformdirs import user_cache_path, user_data_path
+from platformdirs import user_data_path
 
 from hubtool import __version__
 from hubtool.cli.commands.version import installed
 from hubtool.cli.context import State, json_option, pass_state
 from hubtool.cli.output import print_json, show, table
+from hubtool.hub.header_cache import cache_folder
 
 _EXTRAS = {"torch": "torch", "diffusers": "diffusers", "hub": "huggingface_hub", "hash": "blake3"}
 
@@ -50,7 +51,7 @@ def settings(state: State) -> dict[str, Any]:
         "library": place,
         "library_from": origin,
         "data": str(user_data_path("hubtool")),
-        "cache": str(user_cache_path("hubtool")),
+        "cache": str(cache_folder()),
         "extras": {extra: installed(package) for extra, package in _EXTRAS.items()},
     }
 

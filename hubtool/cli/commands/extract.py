@@ -12,9 +12,8 @@ from hubtool.actions import extract as actions
 from hubtool.actions.extract import Extracted, Options
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
+from hubtool.cli.factor_options import extraction, extraction_options, output_option, running_options
 from hubtool.errors import UsageProblem
-from hubtool.ops.extract.request import DTYPES, KINDS, Request, parse_size
-from hubtool.ops.factor_space.budget import Budget
 
 _MOST = 5  # of a list that may have an entry for every module
 
@@ -31,45 +30,9 @@ Examples:
 )
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("tuned", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (or folder, for layout peft)."
-)
-@click.option("--rank", type=click.IntRange(1), help="So many ranks in every module.")
-@click.option("--conv-rank", type=click.IntRange(1), help="Another rank for convolutions larger than 1x1.")
-@click.option("--energy", type=float, help="As few ranks as keep this share of ||dW||^2.")
-@click.option("--error", type=float, help="As few ranks as bring ||dW - out|| / ||dW|| down to this.")
-@click.option(
-    "--across",
-    is_flag=True,
-    help="Reach --rank (as an average), --energy or --error over the whole file, not in every module.",
-)
-@click.option(
-    "--budget",
-    metavar="SIZE",
-    help="The best that fits into SIZE (80MB, 1.5GiB), ranks shared out over the whole file.",
-)
-@click.option(
-    "--max-rank", type=click.IntRange(1), help="No module gets more.  [default: 128, with --energy, --error, --budget]"
-)
-@click.option(
-    "--as", "kind", type=click.Choice(KINDS), default="locon", show_default=True,
-    help="lora: matrices and 1x1 convolutions; locon: all convolutions too; full: differences as they are.",
-)  # fmt: skip
-@click.option("--dense", is_flag=True, help="Norms and biases too, as full differences.")
-@click.option("--modules", multiple=True, metavar="GLOB", help="Only these: unet.* , *.attn2.*  (repeatable)")
-@click.option("--layout", default="kohya", show_default=True, help="Key layout (kohya, diffusers, comfy, peft ...).")
-@click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="fp16", show_default=True, help="Of the output.")
-@click.option("--family", help="Family of both, where the files cannot tell.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Of the random directions a decomposition starts from.",
-)
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
-@click.option("--workers", type=click.IntRange(1), help="Modules at a time; default: one for each processor.")
-@click.option("--allow-loss", is_flag=True, help="Write even what the layout cannot hold in full.")
+@output_option
+@extraction_options
+@running_options
 @force_option
 @dry_run_option
 @json_option
@@ -82,7 +45,8 @@ def command(state: State, /, base: Path, tuned: Path, out: Path | None, **asked:
     """
     if out is None and not asked["dry_run"]:
         raise UsageProblem("no output is named", hint="give -o OUT, or --dry-run")
-    task = actions.prepare(base, tuned, _request(out, asked), state.library)
+    container = None if out is None else actions.format_of(out)
+    task = actions.prepare(base, tuned, extraction(asked, container), state.library)
     if asked["dry_run"] or out is None:
         _preview(task.to_json(), asked["as_json"])
         return
@@ -94,14 +58,6 @@ def command(state: State, /, base: Path, tuned: Path, out: Path | None, **asked:
         output.print_json(done.to_json())
     else:
         _describe(done)
-
-
-def _request(out: Path | None, asked: dict[str, Any]) -> Request:
-    size = None if asked["budget"] is None else parse_size(asked["budget"])
-    limits = {name: asked[name] for name in ("rank", "energy", "error", "across", "max_rank")}
-    same = ("kind", "conv_rank", "dense", "modules", "layout", "dtype", "family", "seed", "device", "workers")
-    container = None if out is None else actions.format_of(out)
-    return Request(budget=Budget(size=size, **limits), format=container, **{name: asked[name] for name in same})
 
 
 def _preview(known: dict[str, Any], as_json: bool) -> None:

@@ -68,7 +68,10 @@ Examples:
     "--from", "picture", type=click.Path(path_type=Path), help="Read the recipe of a picture; with -o, make it again."
 )
 @click.option(
-    "--search", multiple=True, type=click.Path(path_type=Path), help="Folder with files that the recipe names."
+    "--search",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder with files that the recipe names, besides the picture's own and this one.",
 )
 @click.option("-o", "--output", "out", help="A PNG, or a folder.")
 @force_option
@@ -111,7 +114,8 @@ def _inputs(
         return base, [named(text) for text in adapters], list(asked["negatives"])
     if kept is None:
         raise UsageProblem("no base is named", hint="hubtool generate BASE -p PROMPT -o OUT.png")
-    own, refs, dark = of_recipe(kept, asked["search"], state.library)
+    places = (*asked["search"], asked["picture"].parent, Path())
+    own, refs, dark = of_recipe(kept, places, state.library)
     return own, refs, [*dark, *asked["negatives"]]
 
 

@@ -20,15 +20,18 @@ from hubtool.hub.refs import is_hub_ref
 @json_option
 @click.option("--no-hash", is_flag=True, help="Read headers and values, compute no hashes.")
 @click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor with dtype and shape.")
+@click.option("--refresh", is_flag=True, help="Of hf:// references: read headers again that were read before.")
 @pass_state
-def command(state: State, paths: tuple[str, ...], as_json: bool, no_hash: bool, with_tensors: bool) -> None:
+def command(
+    state: State, paths: tuple[str, ...], as_json: bool, no_hash: bool, with_tensors: bool, refresh: bool
+) -> None:
     """Say what each FILE is. A folder that is one artifact (PEFT, diffusers) is inspected as one.
 
     FILE may be hf://owner/name[@revision][/file]: then only headers are read, and nothing is downloaded. One FILE with --json prints one
     object, several FILEs and a repository print a list of objects.
     """
     if len(paths) == 1:
-        documents = _documents(paths[0], state.library, no_hash, with_tensors)
+        documents = _documents(paths[0], state.library, no_hash, with_tensors, refresh)
         one_file = len(documents) == 1 and paths[0].endswith(documents[0].get("hub", {}).get("file", ""))
         if one_file and (error := documents[0].get("error")):
             raise error
@@ -37,19 +40,21 @@ def command(state: State, paths: tuple[str, ...], as_json: bool, no_hash: bool, 
     documents = []
     for path in paths:
         try:
-            documents += _documents(path, state.library, no_hash, with_tensors)
+            documents += _documents(path, state.library, no_hash, with_tensors, refresh)
         except HubtoolError as error:
             documents.append({"path": path, "error": error})
     _finish(documents, as_json, several=True)
 
 
-def _documents(path: str, library: str | None, no_hash: bool, with_tensors: bool) -> list[dict[str, Any]]:
+def _documents(
+    path: str, library: str | None, no_hash: bool, with_tensors: bool, refresh: bool
+) -> list[dict[str, Any]]:
     """The document of a file, or of every weights file behind a reference. A remote file that is broken has an ``error``."""
     if not is_hub_ref(path):
         return [_inspect(path, no_hash, with_tensors)]
     from hubtool.actions.remote import inspect_remote
 
-    reports = inspect_remote(path, library)
+    reports = inspect_remote(path, library, refresh=refresh)
     return [{**report.to_json(), "error": report.error} if report.error else report.to_json() for report in reports]
 
 

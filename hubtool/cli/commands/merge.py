@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from hubtool.actions.merge import Merged, Options, merge
+from hubtool.actions.recipe import STEPS
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
@@ -97,6 +98,16 @@ def command(state: State, /, inputs: tuple[str, ...], out: Path | None, **asked:
 
     Inputs may differ in container, layout, dtype and rank; the output is like the first. Everything is computed in fp32 and rounded once;
     equal inputs give equal bytes. The recipe is kept in the output.
+
+    \b
+    Where several adapters change the same module:
+      LoRA, LoCon, Tucker, LoHa, LoKr  exact with one another, as factors; --rank truncates
+      full, norm, bias, sparse         exact, summed whole (also beside factors); only by
+                                       methods that are sums
+      IA3                              exact with IA3 of the same axis and trainer
+      DoRA, OFT, BOFT, GLoRA, set      refused: their change depends on the base
+    A module that only one of them changes stays of its kind; those of the last row only at
+    strength 1. Elsewhere: collapse the adapters into the base, then extract.
     """
     if asked["listing"]:
         _list_methods(asked["as_json"])
@@ -208,7 +219,7 @@ def _report(done: Sequence[Merged], as_json: bool) -> None:
 
 def _describe(done: Merged) -> None:
     plan = done.plan
-    names = ", ".join(str(one) for one in done.recipe.inputs)
+    names = ", ".join(map(_said, done.recipe.inputs))
     output.show(f"{names} -> {done.output or '(dry run)'}")
     size = output.human_size(done.size)
     output.show(
@@ -218,6 +229,12 @@ def _describe(done: Merged) -> None:
         output.show(f"  {line}")
     if done.warning:
         output.complain(done.warning, "warning")
+
+
+def _said(one: Input) -> str:
+    """An input's path; of an intermediate result, whose folder is gone by now, only the name."""
+    path = Path(str(one))
+    return path.name if any(part.startswith(STEPS) for part in path.parts) else str(one)
 
 
 def _details(done: Merged) -> Iterator[str]:

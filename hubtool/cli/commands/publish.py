@@ -27,7 +27,7 @@ Examples:
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private otherwise.")
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--revision", default="main", show_default=True, help="Branch to commit to.")
+@click.option("--revision", default="main", show_default=True, help="Branch to commit to; made from main if need be.")
 @click.option("--message", "-m", help="Title of the commit.")
 @click.option(
     "--layout", "layouts", multiple=True, help="Add the first REF in this layout too (kohya, comfy, peft ...)."
@@ -60,7 +60,8 @@ def command(state: State, /, refs: tuple[str, ...], repo: str, as_json: bool, **
 
     One commit or nothing. Further REFs go to epochs/, variants/ or a folder of their layout. Publishing twice makes no second commit.
     """
-    from hubtool.actions.publish import Options, publish
+    from hubtool.actions.publish import publish
+    from hubtool.actions.publish_result import Options
 
     said = said_of(asked)
     with output.progress(f"publishing to {repo}"):

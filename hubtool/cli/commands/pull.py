@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from hubtool.actions.pull import Item, Options, Pulled, pull, raise_failed
+from hubtool.actions.pull import pull, raise_failed
+from hubtool.actions.pull_result import Item, Options, Pulled
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.hub.client import Client

@@ -11,8 +11,8 @@ import click
 from hubtool.actions.resize import Options, Resized, resize
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
-from hubtool.ops.extract.request import DTYPES, parse_size
-from hubtool.ops.factor_space.budget import Budget
+from hubtool.cli.factor_options import budget, output_option, rank_options, running_options
+from hubtool.ops.extract.request import DTYPES
 from hubtool.ops.merge_adapters import Request
 
 _MOST = 5  # of a list that may have an entry for every module
@@ -29,31 +29,14 @@ Examples:
 """
 )
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (or folder, for layout peft)."
-)
-@click.option("--rank", type=click.IntRange(1), help="At most so many ranks in every module.")
-@click.option("--energy", type=float, help="As few ranks as keep this share of ||dW||^2.")
-@click.option("--error", type=float, help="As few ranks as keep ||dW - out|| / ||dW|| below this.")
-@click.option(
-    "--across",
-    is_flag=True,
-    help="Reach --rank (as an average), --energy or --error over the whole file, not in every module.",
-)
-@click.option(
-    "--budget",
-    metavar="SIZE",
-    help="The best that fits into SIZE (80MB, 1.5GiB), ranks shared out over the whole file.",
-)
-@click.option("--max-rank", type=click.IntRange(1), help="No module gets more.")
+@output_option
+@rank_options(conv=False)
 @click.option("--alpha", type=float, help="Alpha of every module.  [default: its rank]")
 @click.option("--layout", help="Key layout (kohya, diffusers, comfy, peft ...).  [default: the input's]")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Of the output.  [default: the input's]")
 @click.option("--family", help="Family of the base, where the file cannot tell.")
 @click.option("--component", help="Only this component (unet, text_encoder ...).")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
-@click.option("--workers", type=click.IntRange(1), help="Modules at a time; default: one for each processor.")
-@click.option("--allow-loss", is_flag=True, help="Write even what the layout cannot hold in full.")
+@running_options
 @force_option
 @dry_run_option
 @json_option
@@ -74,10 +57,8 @@ def command(state: State, /, source: Path, out: Path | None, **asked: Any) -> No
 
 
 def _request(asked: dict[str, Any]) -> Request:
-    size = None if asked["budget"] is None else parse_size(asked["budget"])
-    limits = {name: asked[name] for name in ("rank", "energy", "error", "across", "max_rank")}
     same = {name: asked[name] for name in ("alpha", "layout", "dtype", "family", "component", "workers")}
-    return Request(budget=Budget(size=size, **limits), **same)
+    return Request(budget=budget(asked), **same)
 
 
 def _describe(done: Resized) -> None:

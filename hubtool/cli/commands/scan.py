@@ -19,18 +19,19 @@ _MOST_PROBLEMS = 20
 @click.option(
     "--accept-missing", is_flag=True, help="Believe that most files of a folder are gone, not that its disk is offline."
 )
+@click.option("--refresh", is_flag=True, help="Of hf:// references: read headers again that were read before.")
 @json_option
 @pass_state
 def command(
-    state: State, paths: tuple[str, ...], workers: int | None, no_hash: bool, accept_missing: bool, as_json: bool
-) -> None:
+    state: State, paths: tuple[str, ...], workers: int | None, no_hash: bool, accept_missing: bool, refresh: bool, as_json: bool
+) -> None:  # fmt: skip
     """Bring the library up to date with PATH..., or with every folder scanned before.
 
     Nothing is written into the folders. Interrupt it at any time: the next scan goes on. PATH may be hf://owner/name: then the weights of
     that repository are listed from their headers, nothing is downloaded, and what the library has already is tied to it.
     """
     if any(is_hub_ref(path) for path in paths):
-        _remote(state, paths, as_json)
+        _remote(state, paths, refresh, as_json)
         return
     from hubtool.actions.library import open_store
     from hubtool.actions.scan import scan
@@ -55,14 +56,14 @@ def command(
         raise PartialFailure(f"cannot be read: {', '.join(result.failed)}")
 
 
-def _remote(state: State, paths: tuple[str, ...], as_json: bool) -> None:
+def _remote(state: State, paths: tuple[str, ...], refresh: bool, as_json: bool) -> None:
     from hubtool.actions.remote import COLUMNS, index_remote
 
     if not all(is_hub_ref(path) for path in paths):
         raise UsageProblem(
             "folders and repositories are scanned by commands of their own", hint="hubtool scan hf://owner/name"
         )
-    indexes = [index_remote(path, state.library) for path in paths]
+    indexes = [index_remote(path, state.library, refresh=refresh) for path in paths]
     documents = [index.to_json() for index in indexes]
     if as_json:
         print_json(documents[0] if len(documents) == 1 else documents)

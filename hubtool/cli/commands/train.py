@@ -24,6 +24,7 @@ from hubtool.training.methods import METHODS
 Examples:
   hubtool train lora --base sd15/ --data cats/ -o cats-lora --steps 1500
   hubtool train dreambooth --base sd15/ --data rex/ -o rex --set data.class_prompt="a photo of a dog" --set data.class_images=200
+  hubtool train dreambooth -c rex.toml --set adapter.full=true --set output.form=extract --layout kohya
   hubtool train textual-inversion --base sd15/ --data cats/ -o cat --token "<cat>" --set tokens.vectors=4
   hubtool train pivotal -c run.toml --set run.seed=7 --dry-run
   hubtool train lora -c cats-lora/train.toml --resume
@@ -32,6 +33,7 @@ Examples:
 @click.argument("kind", type=click.Choice(sorted(METHODS)))
 @click.option("-c", "--config", "file", type=click.Path(path_type=Path), help="Configuration (TOML).")
 @click.option("--base", help="diffusers folder, Hub repository, single file, or a reference to the library.")
+@click.option("--config-from", help="Folder with configurations for a base that is a single file.")
 @click.option("--data", help="Folder of images.")
 @click.option("-o", "--output", "out", help="Folder of the result, checkpoints, pictures and log.")
 @click.option("--name", help="File name of the result, without suffix.")
@@ -68,8 +70,8 @@ def _config(kind: str, asked: dict[str, Any]) -> Config:
     """File, then --set, then the options of their own; the later one wins."""
     document = configs.read(asked["file"]) if asked["file"] else {}
     named = {
-        "base": asked["base"], "data.folder": asked["data"], "output.folder": asked["out"], "output.name": asked["name"],
-        "output.layout": asked["layout"], "run.steps": asked["steps"], "tokens.names": list(asked["tokens"]) or None,
+        "base": asked["base"], "config_from": asked["config_from"], "data.folder": asked["data"],
+        "output.folder": asked["out"], "output.name": asked["name"], "output.layout": asked["layout"], "run.steps": asked["steps"], "tokens.names": list(asked["tokens"]) or None,
     }  # fmt: skip
     own: dict[str, Any] = {"method": kind}
     for word, value in named.items():

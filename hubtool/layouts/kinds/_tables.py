@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from hubtool import resources
 from hubtool.errors import TableError
-from hubtool.resources import schemas
 from hubtool.tensors.ref import TensorRef
 from hubtool.types import Shape
 
@@ -63,7 +62,7 @@ class CheckpointTable:
 @cache
 def checkpoints() -> CheckpointTable:
     """The table of whole checkpoints."""
-    doc = _read("checkpoints.toml")
+    doc = resources.table("checkpoints.toml")
     prefixes = tuple(doc["prefixes"])
     parts = [(part["prefix"], part["name"], tuple(part.get("families", ()))) for part in doc["component"]]
     return CheckpointTable(
@@ -122,15 +121,7 @@ def _some(tensors: Tensors, words: tuple[str, ...]) -> bool:
 
 @cache
 def _component_doc() -> dict[str, Any]:
-    return _read("components.toml")
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = schemas() / name
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise TableError(f"{name}: {error}", path=path) from error
+    return resources.table("components.toml")
 
 
 def _row(row: Mapping[str, Any], prefixes: tuple[str, ...]) -> Row:

@@ -51,7 +51,7 @@ def _companions(file: TensorFile, found: CustomDiffusion) -> list[Finding]:
     """diffusers keeps the new tokens in files of their own; factors are of a difference and need their base."""
     notes = []
     if found.variant == "diffusers":
-        names = _token_files(file)
+        names = token_files(file)
         what = "the new tokens, one textual inversion each"
         notes.append(present(names, what) if names else missing("<new1>.bin", what))
     if found.factors:
@@ -59,7 +59,7 @@ def _companions(file: TensorFile, found: CustomDiffusion) -> list[Finding]:
     return notes
 
 
-def _token_files(file: TensorFile) -> tuple[str, ...]:
+def token_files(file: TensorFile) -> tuple[str, ...]:
     """``<new1>.bin`` and the like, as the training script names them."""
     try:
         names = sorted(os.listdir(file.path.parent))

@@ -26,7 +26,7 @@ def recognise(file: TensorFile) -> Identity | None:
     sizes = sorted({int(match[1]) for match in map(KEY.fullmatch, file.tensors) if match})
     families = tuple(_CROSS[size] for size in sizes if size in _CROSS)
     single = families[0] if len(families) == 1 else None
-    said = _settings(file)
+    said = settings(file)
     notes = tuple(f"{key} = {said[key]}" for key in _TOLD if key in said)
     variant = _variant(file.tensors, said)
     return Identity(
@@ -41,7 +41,7 @@ def recognise(file: TensorFile) -> Identity | None:
     )
 
 
-def _settings(file: TensorFile) -> Mapping[str, Any]:
+def settings(file: TensorFile) -> Mapping[str, Any]:
     """The fields beside the networks; structures are lists in a pickle, and JSON in hubtool's safetensors form."""
     if isinstance(file.structure, Mapping):
         return {key: item for key, item in file.structure.items() if isinstance(key, str)}

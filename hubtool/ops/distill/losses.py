@@ -13,6 +13,7 @@ from hubtool.ops.extract.pool import Room
 from hubtool.tensors.dtypes import FLOATS
 
 _CHOSEN = "not asked for"  # how ``units.sort`` begins its reason for what the user left out
+_AVERAGE = "model_ema."  # a training checkpoint's running mean, which programs do not read
 _SHOWN = 3
 
 
@@ -21,8 +22,9 @@ def losses(task: Task, found: Sequence[Table]) -> list[Loss]:
     room = Room("cpu")
     with room.sources:
         left = [*_left(task, found, room)]
+        unknown = [*_unknown(task, room)]
     rows = [] if task.request.kind == "full" else [*_rows(found)]
-    return [*left, *rows, *_alone(task)]
+    return [*left, *rows, *_alone(task), *unknown]
 
 
 def _left(task: Task, found: Sequence[Table], room: Room) -> Iterator[Loss]:
@@ -52,6 +54,17 @@ def _alone(task: Task) -> Iterator[Loss]:
         own = [key for key in task.pairs.only_tuned if key[0] == component and tuned[key].dtype in FLOATS]
         if own and component in common:
             yield Loss(f"{component}: {_listed(['.'.join(key) for key in own])}", "only the tuned pipeline has it")
+
+
+def _unknown(task: Task, room: Room) -> Iterator[Loss]:
+    """Tensors that no table of the family has a place for: a language model that serves as text encoder, a safety checker."""
+    before, after = task.base.checkpoint.extras, task.tuned.checkpoint.extras
+    common = [key for key in after if key in before and after[key].shape == before[key].shape]
+    own = [key for key in common if not key.startswith(_AVERAGE) and changes.differ(before[key], after[key], room)]
+    for part in dict.fromkeys(key.partition("/")[0] if "/" in key else "" for key in own):
+        mine = [key for key in own if key.startswith(f"{part}/" if part else "")]
+        reason = f"{task.pairs.family} has no table that names its modules"
+        yield Loss(f"{part + ': ' if part else ''}{_listed(mine, 'tensors')} changed", reason)
 
 
 def absent(task: Task) -> list[str]:

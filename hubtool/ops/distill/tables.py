@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from hubtool.adapters.ir import Embedding
 from hubtool.errors import UsageProblem
-from hubtool.ops.distill.words import words
+from hubtool.ops.distill.words import added, words
 from hubtool.ops.extract.changes import alike
-from hubtool.ops.extract.pairing import ParameterKey, Side
+from hubtool.ops.sides import ParameterKey, Side
 from hubtool.tensors import expr as e
 from hubtool.tensors.evaluate import compute
 from hubtool.tensors.expr import Expr
@@ -52,29 +52,43 @@ def tables(base: Side, tuned: Side, names: Sequence[str] = ()) -> list[Table]:
     return [
         _table(base, tuned, key, before[key], own, names)
         for key, own in tuned.parameters()
-        if key in before and _is_table(key, before[key].shape, own.shape)
+        if key in before and is_table(key, own.shape) and own.shape[1:] == before[key].shape[1:]
     ]
 
 
-def _is_table(key: ParameterKey, before: Shape, after: Shape) -> bool:
+def is_table(key: ParameterKey, shape: Shape) -> bool:
+    """Whether a parameter is the token table of a text encoder."""
     component, parameter = key
     module, _, last = parameter.rpartition(".")
-    named = last == "weight" and module.rpartition(".")[2] in _TABLES and component.startswith("text_encoder")
-    return named and len(before) == len(after) == 2 and before[1] == after[1]
+    named = last == "weight" and module.rpartition(".")[2] in _TABLES
+    return named and component.startswith("text_encoder") and len(shape) == 2
 
 
 def _table(base: Side, tuned: Side, key: ParameterKey, before: Expr, after: Expr, names: Sequence[str]) -> Table:
     old, new = words(base.file.path, key[0]), words(tuned.file.path, key[0])
     rows = after.shape[0]
-    added = {at: word for at, word in new.items() if (at >= before.shape[0] or (old and at not in old)) and at < rows}
-    if added and not names:
-        return Table(key, before, after, dict(sorted(added.items())), {**new, **old})
-    bare = sorted(added) or list(range(before.shape[0], rows))
+    found = {at: word for at, word in new.items() if before.shape[0] <= at < rows}
+    if old:  # a table may have had rows to spare
+        found |= _spare(added(tuned.file.path, key[0]), old, before, after)
+    if found and not names:
+        return Table(key, before, after, dict(sorted(found.items())), {**new, **old})
+    bare = sorted(found) or list(range(before.shape[0], rows))
     if names and bare and len(names) != len(bare):
         text = f"{key[0]} has {len(bare)} new tokens, {len(names)} names were given"
         raise UsageProblem(text, hint="--token NAME, once for each new row")
     called = names or [f"<s{at}>" for at in range(len(bare))]
     return Table(key, before, after, dict(zip(bare, called, strict=False)), {**new, **old}, named=bool(names))
+
+
+def _spare(words: Mapping[int, str], old: Mapping[int, str], before: Expr, after: Expr) -> dict[int, str]:
+    """New tokens in rows that the base has without a word for them. Their vectors tell them from words that it merely does not list."""
+    rows = min(before.shape[0], after.shape[0])
+    unknown = {at: word for at, word in words.items() if at < rows and at not in old}
+    return {
+        at: word
+        for at, word in unknown.items()
+        if not alike(*(compute(e.rows(one, at, at + 1)) for one in (before, after)))
+    }
 
 
 def trimmed(side: Side, found: Sequence[Table]) -> Side:

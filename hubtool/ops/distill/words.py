@@ -6,7 +6,7 @@ Facts: ``vocab.json`` (CLIP), ``tokenizer.json`` (tokenizers: ``model.vocab`` an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hubtool.errors import FileError
 from hubtool.formats.documents import read_json
 
 Pairs = Iterator[tuple[int, str]]
+Reader = Callable[[Mapping[str, Any]], Pairs]
 
 
 def words(root: Path, component: str) -> dict[int, str]:
@@ -21,9 +22,18 @@ def words(root: Path, component: str) -> dict[int, str]:
 
     ``root``: a diffusers folder; ``component``: ``text_encoder``, ``text_encoder_2`` ...
     """
+    return _read(root, component, _READERS)
+
+
+def added(root: Path, component: str) -> dict[int, str]:
+    """As ``words``, only those that were added to the tokenizer after it was made: special words and new tokens."""
+    return _read(root, component, _ADDED)
+
+
+def _read(root: Path, component: str, readers: Mapping[str, Reader]) -> dict[int, str]:
     folder = root / component.replace("text_encoder", "tokenizer")
     found: dict[int, str] = {}
-    for name, reader in _READERS.items():
+    for name, reader in readers.items():
         document = _document(folder / name)
         if isinstance(document, Mapping):
             found.update(reader(document))
@@ -48,8 +58,12 @@ def _tokenizers(document: Mapping[str, Any]) -> Pairs:
         yield from _by_word(vocabulary)
     elif isinstance(vocabulary, list):  # unigram: [word, score] by id
         yield from ((at, row[0]) for at, row in enumerate(vocabulary) if isinstance(row, list) and _word(row[:1]))
-    added = document.get("added_tokens")
-    for one in added if isinstance(added, list) else ():
+    yield from _added(document)
+
+
+def _added(document: Mapping[str, Any]) -> Pairs:
+    rows = document.get("added_tokens")
+    for one in rows if isinstance(rows, list) else ():
         if isinstance(one, Mapping) and type(one.get("id")) is int and _word([one.get("content")]):
             yield one["id"], one["content"]
 
@@ -60,15 +74,15 @@ def _word(values: Iterable[Any]) -> bool:
 
 
 def _config(document: Mapping[str, Any]) -> Pairs:
-    added = document.get("added_tokens_decoder")
-    for number, one in added.items() if isinstance(added, Mapping) else ():
+    rows = document.get("added_tokens_decoder")
+    for number, one in rows.items() if isinstance(rows, Mapping) else ():
         if number.isdecimal() and isinstance(one, Mapping) and _word([one.get("content")]):
             yield int(number), one["content"]
 
 
-_READERS = {
-    "vocab.json": _by_word,
-    "tokenizer.json": _tokenizers,
+_ADDED: Mapping[str, Reader] = {
+    "tokenizer.json": _added,
     "added_tokens.json": _by_word,
     "tokenizer_config.json": _config,
 }
+_READERS: Mapping[str, Reader] = {"vocab.json": _by_word, **_ADDED, "tokenizer.json": _tokenizers}

@@ -13,7 +13,7 @@ from hubtool.tensors.device import check_device
 from hubtool.tensors.dtypes import BITS, numel
 from hubtool.tensors.evaluate import compute, is_bytes, torch_dtype
 from hubtool.tensors.expr import Cast, Expr
-from hubtool.tensors.progress import Progress, expect
+from hubtool.tensors.progress import expect
 from hubtool.tensors.reading import Sources
 from hubtool.tensors.tiles import Bench, Window
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+Progress = Callable[[int], None]
 MEMORY = 256 << 20  # bytes that jobs under way may hold together; a larger one runs alone
 
 

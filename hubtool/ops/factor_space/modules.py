@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,8 +12,9 @@ from hubtool.adapters.dense import Dense
 from hubtool.adapters.ir import ModuleKey, Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.promote import to_lora
+from hubtool.adapters.scaling import Scaling
 from hubtool.errors import ShapeMismatch, Unsupported
-from hubtool.ops.factor_space import terms
+from hubtool.ops.factor_space import scalings, terms
 from hubtool.ops.factor_space.blend import Blend, Measured, Space, Written, merged
 from hubtool.ops.factor_space.coefficients import plain
 from hubtool.ops.factor_space.terms import Addend, Factors
@@ -97,6 +99,9 @@ def prepare(slot: Slot, asked: Asked, cap: int | None) -> Job:
     """
     if len(slot.patches) == 1 and asked.method.linear:
         return _alone(slot, asked, cap)
+    vectors = [patch for patch in slot.patches.values() if isinstance(patch, Scaling)]
+    if len(vectors) == len(slot.patches):
+        return Job(slot, "summed", scalings.summed(vectors, slot.shares(asked), asked.dtype))
     addends = [terms.addend(patch, slot.shape) for patch in slot.patches.values()]
     shape = _common_shape(slot, addends)
     if shape is None or any(one.dense is not None for one in addends):
@@ -187,7 +192,7 @@ def _dense(slot: Slot, addends: Sequence[Addend], asked: Asked, shape: Shape | N
     rows = shape[0] if shape else numel(next(one.biases[0][1].shape for one in addends if one.biases))
     bias = _bias(slot, addends, asked, rows)
     dtype = asked.dtype or widest(tensor.dtype for _, tensor in found)
-    weight = None if shape is None else terms.summed(found, shape, dtype)
+    weight = None if shape is None else terms.summed(found, shape, dtype, partial(asked.report.add, slot.name))
     norm = all(one.norm for one in addends)
     return Dense(w_norm=weight, b_norm=bias) if norm else Dense(diff=weight, diff_b=bias)
 

@@ -85,7 +85,8 @@ def plan(
 def _rounded(report: Report) -> dict[str, str]:
     """Why numbers are not an input's own."""
     counts = Counter(one.how for one in report.modules.values() if one.how in _WHY)
-    return {f"{count} modules ({how})": _WHY[how] for how, count in counts.items()}
+    cast = {f"{len(report.cast)} modules (copied)": f"cast to {report.dtype}"} if report.cast else {}
+    return {f"{count} modules ({how})": _WHY[how] for how, count in counts.items()} | cast
 
 
 def _network(emission: Emission) -> dict[str, str]:

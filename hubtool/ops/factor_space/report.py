@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hubtool.adapters.low_rank import LowRank
-from hubtool.adapters.promote import to_lora
-from hubtool.ops.factor_space import algebra
+from hubtool.adapters.ir import Patch
+from hubtool.ops.factor_space import copies
 from hubtool.ops.factor_space.blend import Measured
 
 
@@ -26,7 +25,8 @@ class Module:
 @dataclass(slots=True)
 class Report:
     """``matched``: modules that several inputs change; ``single``: that one input changes; ``unchanged``: whose strengths are all zero;
-    ``dropped``: that a budget left no rank. ``measured`` fills while the plan is carried out; ``copied``: low-rank modules that are not computed."""
+    ``dropped``: that a budget left no rank. ``measured`` fills while the plan is carried out; ``copied``: modules that are not computed, which are cast to
+    ``dtype`` where one was asked for."""
 
     inputs: int
     modules: dict[str, Module] = field(default_factory=dict)
@@ -34,8 +34,9 @@ class Report:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     measured: Measured = field(default_factory=Measured)
-    copied: dict[str, LowRank] = field(default_factory=dict)
-    _norms: dict[str, float] = field(default_factory=dict)
+    copied: dict[str, Patch] = field(default_factory=dict)
+    dtype: str | None = None
+    _known: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:
@@ -45,23 +46,37 @@ class Report:
     def single(self) -> int:
         return sum(one.inputs == 1 for one in self.modules.values())
 
+    @property
+    def cast(self) -> list[str]:
+        """Copied modules that the output's dtype rounds."""
+        return [name for name, patch in self.copied.items() if copies.rounded(patch, self.dtype)]
+
     def errors(self) -> dict[str, float]:
-        """||dW - out|| / ||dW|| of every module that was computed; copied ones have none."""
-        return {name: _ratio(error, norm) for name, (norm, error) in sorted(self.measured.modules.items())}
+        """||dW - out|| / ||dW|| of every module that was computed or cast; those that keep their numbers have none."""
+        rows = {**self.measured.modules, **{name: self._copy(name) for name in self.cast}} if self._carried_out else {}
+        return {name: _ratio(error, norm) for name, (norm, error) in sorted(rows.items())}
 
     @property
     def error(self) -> float | None:
-        """The same over all low-rank modules together, copied ones included; None before anything was computed.
+        """The same over all modules whose change is known without the base, copied ones included; None where nothing was rounded or the
+        plan was not carried out.
 
         Reads the factors of copied modules the first time: their norms count.
         """
-        if not self.measured.modules:
+        if not self._carried_out or not (self.measured.modules or self.cast):
             return None
-        for name in list(self.copied):
-            self._norms[name] = _squared_norm(self.copied.pop(name))
-        rows = self.measured.modules.values()
-        norm = math.fsum(row[0] for row in rows) + math.fsum(self._norms.values())
-        return _ratio(math.fsum(row[1] for row in rows), norm)
+        rows = [*self.measured.modules.values(), *map(self._copy, self.copied)]
+        return _ratio(math.fsum(row[1] for row in rows), math.fsum(row[0] for row in rows))
+
+    @property
+    def _carried_out(self) -> bool:
+        """Whether whatever had to be computed has been computed. A plan of copies alone is known beforehand."""
+        return bool(self.measured.modules) or all(one.how == "copied" for one in self.modules.values())
+
+    def _copy(self, name: str) -> tuple[float, float]:
+        if name not in self._known:
+            self._known[name] = copies.measured(self.copied[name], self.dtype)
+        return self._known[name]
 
     def to_json(self) -> dict[str, Any]:
         errors = self.errors()
@@ -73,6 +88,7 @@ class Report:
             "unchanged": len(self.unchanged),
             "dropped": self.dropped,
             "ranks": sorted({one.rank for one in self.modules.values() if one.rank is not None}),
+            "cast": len(self.cast),
             "relative_error": self.error,
             "worst": max(errors.items(), key=lambda row: row[1])[0] if errors else None,
             "notes": self.notes,
@@ -86,11 +102,3 @@ class Report:
 
 def _ratio(error: float, norm: float) -> float:
     return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
-
-
-def _squared_norm(patch: LowRank) -> float:
-    from hubtool.tensors.evaluate import compute
-
-    plain = to_lora(patch)
-    up, down = (compute(tensor).float().flatten(1) for tensor in (plain.up, plain.down))
-    return plain.scale**2 * algebra.product_norm(up, down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,11 +10,16 @@ from hubtool.adapters.dense import Dense
 from hubtool.adapters.ir import Patch
 from hubtool.adapters.low_rank import LowRank
 from hubtool.adapters.promote import to_lora
+from hubtool.adapters.scaling import Scaling
 from hubtool.adapters.sparse import Sparse
 from hubtool.errors import Unsupported
+from hubtool.ops.factor_space import scalings
 from hubtool.tensors.dtypes import numel
+from hubtool.tensors.evaluate import torch_dtype
 from hubtool.tensors.expr import Compute, Expr
 from hubtool.types import Shape
+
+Told = Callable[[float, float], None]  # a squared norm, a squared error
 
 # algorithm -> the tensors of which one carries the strength
 _CARRIERS = {
@@ -112,6 +118,8 @@ def strengthened(patch: Patch, strength: float) -> Patch:
     """
     if strength == 1.0:
         return patch
+    if isinstance(patch, Scaling):
+        return scalings.summed([patch], [strength])
     if patch.needs_base:
         raise Unsupported(
             f"a strength of {strength:g}: the change of this {_called(patch)} depends on the base", hint=_HINT
@@ -157,16 +165,19 @@ def cast(tensor: Expr, dtype: str) -> Expr:
     return Compute(_times, (tensor,), tensor.shape, dtype, (("factor", 1.0),))
 
 
-def summed(addends: list[tuple[float, Expr]], shape: Shape, dtype: str) -> Expr:
-    """The weighted sum of tensors of one size, in fp32 with one rounding."""
-    factors = tuple(factor for factor, _ in addends)
-    return Compute(_sum, tuple(tensor for _, tensor in addends), shape, dtype, (("factors", factors), ("shape", shape)))
+def summed(addends: list[tuple[float, Expr]], shape: Shape, dtype: str, told: Told | None = None) -> Expr:
+    """The weighted sum of tensors of one size, in fp32 with one rounding. ``told``: gets its squared norm and what rounding costs of it."""
+    params = {"factors": tuple(factor for factor, _ in addends), "shape": shape, "dtype": dtype, "told": told}
+    return Compute(_sum, tuple(tensor for _, tensor in addends), shape, dtype, tuple(params.items()))
 
 
-def _sum(*tensors: Any, factors: tuple[float, ...], shape: Shape) -> Any:
+def _sum(*tensors: Any, factors: tuple[float, ...], shape: Shape, dtype: str, told: Told | None) -> Any:
     total = tensors[0].float() * factors[0]
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
         total = total + tensor.reshape(total.shape) * factor
+    if told is not None:
+        stored = total.to(torch_dtype(dtype)).to(total.dtype)
+        told(float(total.double().square().sum()), float((stored - total).double().square().sum()))
     return total.reshape(shape)
 
 

@@ -1,7 +1,7 @@
 """Tiny pipelines for every family, built offline from configs: real module names and depths, random weights, a few megabytes at most.
 
-They serve the tests and ``make demo``. Block structure and depth are those of the published models; only widths shrink. The Stable
-Diffusion ones (sd1, sd2, sdxl) are whole and make pictures; the others hold what adapters change, every other part is None.
+They serve the tests and ``make demo``. Block structure and depth are those of the published models; only widths shrink. Those whose recipe
+is ``whole`` (``WHOLE``) make pictures; the others hold what adapters change, and every other part is None.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from hubtool.pipelines.tiny import images, unets, videos
 from hubtool.pipelines.tiny.recipe import Recipe
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({**unets.RECIPES, **images.RECIPES, **videos.RECIPES})
+WHOLE = tuple(family for family, recipe in RECIPES.items() if recipe.whole)
 
 
 def build(family: str, *, seed: int = 0) -> Any:
     """Return a tiny pipeline of ``family``; the same seed gives the same bits. Nothing is read from disk or network.
 
-    Stable Diffusion: images are 64 x 64 pixels, prompts up to 77 tokens of single bytes. ``RECIPES`` lists the families.
+    Whole ones: 64 x 64 pixels by default or when asked, prompts of single bytes (up to 77 where CLIP reads them). ``RECIPES`` lists the
+    families, ``WHOLE`` those that make pictures.
     Raises ``UnknownFamily`` for a family without a tiny pipeline.
     """
     if family not in RECIPES:

@@ -14,10 +14,14 @@ Part = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """``pipeline``: a class of diffusers. ``parts``: name -> maker, in the order in which random weights are drawn."""
+    """``pipeline``: a class of diffusers. ``parts``: name -> maker, in the order in which random weights are drawn.
+
+    ``whole``: it makes pictures; the others hold what adapters change, and None for every other part.
+    """
 
     pipeline: str
     parts: Mapping[str, Part]
+    whole: bool = False
 
     def build(self) -> Any:
         """The pipeline; parts that the recipe does not name are None where the class asks for them."""

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from hubtool.pipelines.tiny.encoders import clip, tokenizer
+from hubtool.pipelines.tiny.encoders import clip
+from hubtool.pipelines.tiny.latents import ddim, kl
 from hubtool.pipelines.tiny.recipe import Part, Recipe, part, value
+from hubtool.pipelines.tiny.tokenizers import tokenizer
 
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 _PLAIN = ("DownBlock2D", "UpBlock2D")
@@ -28,22 +30,6 @@ def unet(channels: tuple[int, ...], cross: tuple[bool, ...], context: int, **con
     )  # fmt: skip
 
 
-def _scheduler(prediction: str) -> Part:
-    def make() -> Any:
-        from diffusers import DDIMScheduler
-
-        return DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-            steps_offset=1, prediction_type=prediction,
-        )  # fmt: skip
-
-    return make
-
-
-_VAE = part(
-    "AutoencoderKL", block_out_channels=(4, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=64,
-)  # fmt: skip
 _UNCHECKED = {"safety_checker": value(None), "feature_extractor": value(None), "requires_safety_checker": value(False)}
 _XL_UNET = {
     "use_linear_projection": True, "attention_head_dim": (2, 4, 8), "transformer_layers_per_block": (1, 2, 10),
@@ -57,16 +43,18 @@ _REFINER_UNET = {
 
 def _sd(width: int, layers: int, prediction: str = "epsilon", **config: Any) -> Recipe:
     channels = (16, 32, 64, 64)
-    parts = {"vae": _VAE, "unet": unet(channels, _SD_BLOCKS, width, **config), "scheduler": _scheduler(prediction)}
+    parts = {"vae": kl(), "unet": unet(channels, _SD_BLOCKS, width, **config), "scheduler": ddim(prediction)}
     encoder = {"text_encoder": clip(width, layers), "tokenizer": tokenizer}
-    return Recipe("StableDiffusionPipeline", {**parts, **encoder, **_UNCHECKED})
+    return Recipe("StableDiffusionPipeline", {**parts, **encoder, **_UNCHECKED}, whole=True)
 
 
 def _sdxl() -> Recipe:
-    parts = {"vae": _VAE, "unet": unet((16, 32, 64), _XL_BLOCKS, 40, **_XL_UNET), "scheduler": _scheduler("epsilon")}
+    parts = {"vae": kl(), "unet": unet((16, 32, 64), _XL_BLOCKS, 40, **_XL_UNET), "scheduler": ddim("epsilon")}
     first = {"text_encoder": clip(16, 12), "tokenizer": tokenizer}
     second = {"text_encoder_2": clip(24, 32, projected=True), "tokenizer_2": tokenizer}
-    return Recipe("StableDiffusionXLPipeline", {**parts, **first, **second, "add_watermarker": value(False)})
+    return Recipe(
+        "StableDiffusionXLPipeline", {**parts, **first, **second, "add_watermarker": value(False)}, whole=True
+    )
 
 
 _REFINER = {

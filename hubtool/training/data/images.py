@@ -66,9 +66,19 @@ def loaded(path: Path) -> Any:
     try:
         with image.open(path) as source:
             source.load()
-            return ImageOps.exif_transpose(source)
+            return ImageOps.exif_transpose(_eight_bits(source))
     except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
         raise CorruptFile(f"this is no readable image: {error}", path=path) from error
+
+
+def _eight_bits(picture: Any) -> Any:
+    """Greys of 16 bits as greys of 8: Pillow's own conversion cuts them off at 255, which leaves a white picture."""
+    import numpy as np
+
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    values = np.asarray(picture).astype(np.float64) / 257.0
+    return pillow().fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def alpha(picture: Any) -> Any | None:

@@ -26,7 +26,7 @@ def _nothing(config: Config) -> None:
 class Method:
     """``parts``: make what is trained, one after the other, in a pipeline whose own parameters are frozen. ``moving``: the groups that step moves.
 
-    ``trains``: the groups there can be.
+    ``trains``: the groups there can be; ``full``: whether ``adapter.full`` means something.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Method:
     trains: Collection[str] = ("denoiser", "text")
     moving: Callable[[Config, int], frozenset[str]] = everything
     check: Callable[[Config], None] = _nothing
+    full: bool = False
 
 
 def need_prior(config: Config) -> None:

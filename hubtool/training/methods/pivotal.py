@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+from hubtool.training.bases import FAMILIES
 from hubtool.training.config import Config
 from hubtool.training.methods.base import ALL, Method
-from hubtool.training.methods.textual_inversion import FAMILIES
 from hubtool.training.parts import tokens
 from hubtool.training.parts.low_rank import LowRankPart
 from hubtool.training.parts.tokens import TokensPart
@@ -26,7 +26,7 @@ def _check(config: Config) -> None:
 METHOD = Method(
     "pivotal",
     "token vectors and low-rank layers, one after the other or jointly",
-    FAMILIES,
+    FAMILIES.keys(),
     (TokensPart, LowRankPart),
     moving=_moving,
     trains=tuple(ALL),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from hubtool.training.bases import FAMILIES
 from hubtool.training.config import Config
 from hubtool.training.methods.base import Method
 from hubtool.training.parts import tokens
 from hubtool.training.parts.tokens import TokensPart
-
-FAMILIES = ("sd1", "sd2", "sdxl", "flux1")  # those whose pipelines can load token vectors
 
 
 def _check(config: Config) -> None:
@@ -17,7 +16,7 @@ def _check(config: Config) -> None:
 METHOD = Method(
     "textual-inversion",
     "vectors of new tokens, any number for each",
-    FAMILIES,
+    FAMILIES.keys(),
     (TokensPart,),
     trains=("tokens",),
     check=_check,

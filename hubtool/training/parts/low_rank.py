@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hubtool.adapters.ir import Adapter
 from hubtool.errors import UsageProblem
 from hubtool.pipelines import adapter_of, live, load, unload
-from hubtool.pipelines.lora import layer_parameters
+from hubtool.pipelines.families import family_of
+from hubtool.pipelines.lora import layer_parameters, take_out
+from hubtool.pipelines.saving import layers_of
+from hubtool.pipelines.targets import weight_shape
 from hubtool.training import seeds
 from hubtool.training.bases.base import Base
 from hubtool.training.config import AdapterPart, Config
 from hubtool.training.parts.base import Group
+from hubtool.training.quantised import linear_classes
 
 NAME = "trained"  # of the adapter inside the pipeline
-_ATTENTION = re.compile(r"(^|\.)(attn\d?|self_attn)\.")
-_INSIDE = re.compile(r"(^|\.)(attentions|transformer_blocks|single_transformer_blocks|layers)\.")
+_ATTENTION = re.compile(r"(^|\.)(attn\d?|self_attn|SelfAttention)\.")
+_INSIDE = re.compile(r"(^|\.)(attentions|transformer_blocks|single_transformer_blocks|layers|block)\.")  # block: T5's
 
 
 class LowRankPart:
-    """The denoiser's layers, and those of the CLIP text encoders where asked for."""
+    """The denoiser's layers, and those of the text encoders where asked for.
+
+    diffusers' loaders do not know T5: ``alone`` holds the models that only PEFT itself serves.
+    """
 
     def __init__(self, base: Base, config: Config) -> None:
         self.pipe, asked = base.pipe, config.adapter
+        self.alone = {
+            name: model for name, model in trained(base, asked).items() if name not in live.components(base.pipe)
+        }
         if asked.start:
             load(self.pipe, asked.start, name=NAME, trainable=True)
         else:
             _inject(base, asked, config.run.seed)
-        self.groups = tuple(_groups(base, config))
+        self.groups = tuple(_groups(base, config, self.alone))
 
     def after_step(self, step: int) -> None:
         """Low-rank factors need nothing."""
 
     def adapter(self) -> Adapter:
-        return adapter_of(self.pipe, NAME)
+        served = (
+            adapter_of(self.pipe, NAME) if NAME in live.adapter_names(self.pipe) else Adapter(family_of(self.pipe), {})
+        )
+        more = {key: patch for c, model in self.alone.items() for key, patch in layers_of(model, c, NAME).items()}
+        return replace(served, patches={**served.patches, **more})
 
     def remove(self) -> None:
-        unload(self.pipe, NAME)
+        for model in self.alone.values():
+            take_out(model, NAME)
+        if NAME in live.adapter_names(self.pipe):
+            unload(self.pipe, NAME)
 
 
 def chosen(model: Any, component: str, asked: AdapterPart) -> dict[str, tuple[int, float]]:
@@ -47,7 +67,7 @@ def chosen(model: Any, component: str, asked: AdapterPart) -> dict[str, tuple[in
 
     found = {}
     for path, module in model.named_modules():
-        plain = type(module) in (nn.Linear, nn.Conv2d) and getattr(module, "groups", 1) == 1
+        plain = type(module) in (*linear_classes(), nn.Conv2d) and getattr(module, "groups", 1) == 1
         if not plain or not _named(component, path, asked.only):
             continue
         if type(module) is nn.Conv2d and max(module.kernel_size) > 1:
@@ -58,16 +78,25 @@ def chosen(model: Any, component: str, asked: AdapterPart) -> dict[str, tuple[in
     return {path: (_fitting(model.get_submodule(path), rank), alpha) for path, (rank, alpha) in found.items()}
 
 
-def trained_encoders(base: Base) -> dict[str, Any]:
-    """The text encoders that low-rank training changes: CLIP's, not T5."""
+def trained_encoders(base: Base, asked: AdapterPart) -> dict[str, Any]:
+    """The text encoders that ``asked`` trains: CLIP's, T5, both or none."""
     pairs = live.encoders(base.pipe).items()
-    return {name: encoder for name, (encoder, _) in pairs if type(encoder).__name__.startswith("CLIP")}
+    return {name: encoder for name, (encoder, _) in pairs if trains_encoder(encoder, asked)}
+
+
+def trains_encoder(encoder: Any, asked: AdapterPart) -> bool:
+    """Whether a text encoder is one of those asked for, by its class."""
+    kind = type(encoder).__name__
+    return (kind.startswith("CLIP") and asked.text_encoders) or ("T5" in kind and asked.t5)
+
+
+def trained(base: Base, asked: AdapterPart) -> dict[str, Any]:
+    """Component -> model of everything that ``asked`` trains."""
+    return {base.denoiser: getattr(base.pipe, base.denoiser), **trained_encoders(base, asked)}
 
 
 def _inject(base: Base, asked: AdapterPart, seed: int) -> None:
-    models = {base.denoiser: getattr(base.pipe, base.denoiser)}
-    models |= trained_encoders(base) if asked.text_encoders else {}
-    wrapped = [_wrap(model, component, asked, seed) for component, model in models.items()]
+    wrapped = [_wrap(model, component, asked, seed) for component, model in trained(base, asked).items()]
     if not any(wrapped):
         raise UsageProblem("no module fits adapter.targets and adapter.only", hint=f"only = {list(asked.only)}")
 
@@ -91,10 +120,10 @@ def _wrap(model: Any, component: str, asked: AdapterPart, seed: int) -> bool:
     return True
 
 
-def _groups(base: Base, config: Config) -> list[Group]:
+def _groups(base: Base, config: Config, alone: Mapping[str, Any]) -> list[Group]:
     rates, decay = config.optimiser, config.optimiser.weight_decay
     groups = []
-    for component, model in live.components(base.pipe).items():
+    for component, model in {**live.components(base.pipe), **alone}.items():
         held: dict[str, Any] = {}
         for path, layer in live.adapter_layers(model, NAME).items():
             for key, parameter in layer_parameters(layer, NAME).items():
@@ -115,6 +144,6 @@ def _within(path: str, targets: str) -> bool:
 
 
 def _fitting(module: Any, rank: int) -> int:
-    """Never more rank than the weight itself can have."""
-    weight = module.weight
-    return int(min(rank, weight.shape[0], weight[0].numel()))
+    """Never more rank than the weight itself can have; a quantised one packs its numbers."""
+    shape = weight_shape(module) or ()
+    return min(rank, shape[0], math.prod(shape[1:]))

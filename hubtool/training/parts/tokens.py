@@ -11,7 +11,7 @@ from typing import Any
 
 from hubtool.adapters.ir import Adapter, Embedding
 from hubtool.errors import Unsupported, UsageProblem
-from hubtool.pipelines import live, load, unload
+from hubtool.pipelines import live, load, token_tables, unload
 from hubtool.pipelines.families import family_of
 from hubtool.training import seeds
 from hubtool.training.bases.base import Base
@@ -27,12 +27,13 @@ class TokensPart:
     def __init__(self, base: Base, config: Config) -> None:
         self.pipe, self.asked = base.pipe, config.tokens
         check(self.asked)
-        encoders = _encoders(base)
+        encoders = learners(base, self.asked)
+        norms = {name: _norm(*pair, self.asked) for name, pair in encoders.items()}
         start = {name: _start(name, *pair, self.asked, config.run.seed) for name, pair in encoders.items()}
         load(self.pipe, _adapter(start, self.asked), name=_NAME)
         self.rows = {name: _laid_over(encoder, start[name]) for name, (encoder, _) in encoders.items()}
-        self.hooks = [_hook(encoder, self.rows[name]) for name, (encoder, _) in encoders.items()]
-        self.norms = {name: _norm(encoder, len(start[name]), self.asked) for name, (encoder, _) in encoders.items()}
+        self.norms = norms
+        self.hooks = [hook for name, pair in encoders.items() for hook in _hooks(*pair, self.rows[name], self.asked)]
         held = {f"tokens.{name}": rows for name, rows in self.rows.items()}
         self.groups: tuple[Group, ...] = (Group("tokens", held, config.optimiser.token_rate, 0.0),)
 
@@ -64,10 +65,13 @@ def check(asked: Tokens) -> None:
         raise UsageProblem(f"tokens are different lower-case words: {', '.join(wrong or asked.names)}")
 
 
-def _encoders(base: Base) -> dict[str, tuple[Any, Any]]:
-    found = {name: pair for name, pair in live.encoders(base.pipe).items() if type(pair[0]).__name__.startswith("CLIP")}
-    if not found or not hasattr(base.pipe, "load_textual_inversion"):
-        raise Unsupported(f"{type(base.pipe).__name__} has no textual inversion")
+def learners(base: Base, asked: Tokens) -> dict[str, tuple[Any, Any]]:
+    """The text encoders that learn the tokens: CLIP's, and T5 unless ``tokens.encoders`` leaves it out."""
+    pairs = live.encoders(base.pipe)
+    clip = {name: pair for name, pair in pairs.items() if type(pair[0]).__name__.startswith("CLIP")}
+    found = clip if asked.encoders == "clip" else pairs
+    if not found:
+        raise Unsupported(f"{type(base.pipe).__name__} has no text encoder that could learn a token")
     return found
 
 
@@ -102,22 +106,22 @@ def _laid_over(encoder: Any, start: Any) -> Any:
     return nn.Parameter(start.clone().to(encoder.get_input_embeddings().weight.device))
 
 
-def _hook(encoder: Any, rows: Any) -> Any:
-    """Make the embedding answer with ``rows`` for the new ids, which are the last ones of the table."""
+def _hooks(encoder: Any, tokenizer: Any, rows: Any, asked: Tokens) -> list[Any]:
+    """Make the embedding answer with ``rows`` for the new ids."""
     import torch
-    import torch.nn.functional as F
 
-    table = encoder.get_input_embeddings()
-    first = table.num_embeddings - len(rows)
+    names = [name for token in asked.names for name in token_tables.names_of(token, asked.vectors)]
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(names), device=rows.device)
 
     def answer(module: Any, inputs: Sequence[Any], output: Any) -> Any:
-        ids = inputs[0]
-        new = F.embedding((ids - first).clamp(min=0), rows).to(output.dtype)
-        return torch.where((ids >= first)[..., None], new, output)
+        same = inputs[0][..., None] == ids
+        new = rows[same.long().argmax(-1)].to(output.dtype)
+        return torch.where(same.any(-1)[..., None], new, output)
 
-    return table.register_forward_hook(answer)
+    return [table.register_forward_hook(answer) for table in token_tables.tables(encoder)]
 
 
-def _norm(encoder: Any, new: int, asked: Tokens) -> float:
+def _norm(encoder: Any, tokenizer: Any, asked: Tokens) -> float:
+    """The norm to pull to: the median of the table's rows before the new ones. T5's spare rows are of no token."""
     table = encoder.get_input_embeddings().weight.detach()
-    return asked.norm or float(table[: len(table) - new].float().norm(dim=1).median())
+    return asked.norm or float(table[: len(tokenizer)].float().norm(dim=1).median())

@@ -37,12 +37,20 @@ def look(path: Path, options: Options) -> Look:
     try:
         picture = images.opened(path)
         item = Item(path, picture.size, caption_of(path), mask_of(path))
+        _check_mask(item, options)
     except CorruptFile as error:
-        return Look(Item(path, (0, 0)), problem=error.message)
+        beside = "" if error.path is None or Path(error.path) == path else f"{Path(error.path).name}: "
+        return Look(Item(path, (0, 0)), problem=f"{beside}{error.message}")
     digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     grey = _grey(picture)
     sharp = sharpness(grey)
     return Look(item, digest, difference_hash(picture), sharp, _problem(item, grey, sharp, options))
+
+
+def _check_mask(item: Item, options: Options) -> None:
+    """Raise ``CorruptFile`` for a mask that cannot be read, where masks are asked for."""
+    if options.masks and item.mask is not None:
+        images.loaded(item.mask)
 
 
 def difference_hash(picture: Any) -> int:

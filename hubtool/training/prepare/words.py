@@ -15,7 +15,7 @@ from hubtool.training.prepare.options import Options
 def words(item: Item, picture: Any, options: Options, captioner: Callable[[Any], str] | None) -> str:
     """By ``options.captions``: what lies beside the picture (else its name), a template, its name, or what the model says."""
     text = _source(item, picture, options, captioner)
-    text = captions.filled(text, item.name, options.tokens)
+    text = captions.filled(text, item.name, options.tokens or ("{token}",))  # without tokens, training fills it
     return f"{options.prefix}{text}" if options.prefix and not text.startswith(options.prefix) else text
 
 

@@ -1,34 +1,22 @@
-"""``make demo``: a small library of every layout, scanned, listed, explained, converted there and back, and loaded into a pipeline.
-
-With ``LIBRARY=dir`` the person's own folder takes the place of the generated one; it is only read.
-"""
+"""A small library of every layout: scanned, listed, explained, converted there and back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from hubtool.formats import open_file
 from hubtool.ops.convert import plan
 from hubtool.ops.execute import execute
 from hubtool.ops.target import Target
+from tests.demo.stage import OUT, TOOL, run, say
 from tests.support.adapters import attention, make, values, write
 
-OUT = Path("demo-out")
-TOOL = [sys.executable, "-m", "hubtool"]
 
-
-def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
-    os.environ["HUBTOOL_LIBRARY"] = str(OUT / "library.sqlite3")
-    own = os.environ.get("LIBRARY")
+def show(own: str | None) -> None:
+    """``own``: a person's folder, only read, in place of the generated one."""
     folder = Path(own) if own else OUT / "adapters"
     if not own:
         say("A small library of every layout, with real names and shapes")
@@ -41,19 +29,6 @@ def main() -> None:
     run("explain", odd_file(folder))
     say("Convert kohya -> diffusers -> kohya: the same bytes come back")
     there_and_back(kohya_file(folder))
-    say("Load a LoRA and an embedding into a tiny Stable Diffusion pipeline")
-    pictures()
-    print(f"\nEverything written lies in {OUT}/", flush=True)
-
-
-def say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
-def run(*arguments: str | Path) -> None:
-    words = [str(a) for a in arguments]
-    print(f"$ hubtool {shlex.join(words)}", flush=True)
-    subprocess.run([*TOOL, *words], check=True)
 
 
 def build(folder: Path) -> None:
@@ -147,45 +122,3 @@ def there_and_back(source: Path) -> None:
         print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path}", flush=True)
     if source.read_bytes() != (OUT / "back.safetensors").read_bytes():
         raise SystemExit("the file did not come back as it was")
-
-
-def pictures() -> None:
-    """Images before, with a LoRA, with an embedding, and after unloading both."""
-    import torch
-
-    import hubtool
-    from hubtool.pipelines.tiny import build as tiny
-    from hubtool.tensors.writer import write_safetensors
-    from tests.support.tiny import make as make_for
-
-    torch.set_num_threads(1)
-    pipe = tiny("sd1")
-    pipe.set_progress_bar_config(disable=True)
-    width = pipe.text_encoder.config.hidden_size
-    lora = write(make_for(pipe, family="sd1").adapter, OUT / "tiny-lora.safetensors", "kohya")
-    write_safetensors(OUT / "tiny-style.safetensors", {"<tiny-style>": values((2, width), 5)}, {"format": "pt"})
-    shots = [("before", "a cat"), ("with-lora", "a cat"), ("with-embedding", "a cat, <tiny-style>"), ("after", "a cat")]
-    hashes = {}
-    for name, prompt in shots:
-        if name == "with-lora":
-            report = hubtool.load(pipe, lora, strength=0.8, name="style")
-            counts = ", ".join(f"{len(paths)} modules of the {part}" for part, paths in report.modules.items())
-            print(f"loaded {report.name} at strength {report.strength}: {counts}", flush=True)
-        if name == "with-embedding":
-            report = hubtool.load(pipe, OUT / "tiny-style.safetensors", name="token")
-            print(f"loaded tokens {', '.join(report.tokens['text_encoder'])}", flush=True)
-        if name == "after":
-            hubtool.unload(pipe, "style")
-            hubtool.unload(pipe, "token")
-        image = pipe(
-            prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(0), height=64, width=64
-        ).images[0]
-        image.save(OUT / f"{name}.png")
-        hashes[name] = hashlib.sha256(image.tobytes()).hexdigest()[:16]
-        print(f"{OUT / name}.png  pixels {hashes[name]}", flush=True)
-    if hashes["before"] != hashes["after"] or hashes["before"] == hashes["with-lora"]:
-        raise SystemExit("loading or unloading did not do what it says")
-
-
-if __name__ == "__main__":
-    main()
