@@ -104,7 +104,7 @@ def test_a_seed_is_one_picture_alone_and_in_a_batch_and_another_seed_another(fam
     assert apart(other, again) > 1
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", [family for family in WHOLE if family != "chroma"])
 def test_an_adapter_changes_the_picture_by_its_strength_and_unloading_brings_every_bit_back(family: str) -> None:
     pipe = pipe_of(family)
     before, seen = tiny.weights(pipe), [plain(family)]
@@ -115,7 +115,7 @@ def test_an_adapter_changes_the_picture_by_its_strength_and_unloading_brings_eve
     assert min(apart(one, other) for one, other in itertools.combinations(seen, 2)) > 1
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", [family for family in WHOLE if family != "chroma"])
 def test_prompt_and_negative_prompt_count(family: str) -> None:
     pipe, guided = pipe_of(family), GUIDED.get(family, {})
     bare, against = (shown(pipe, negative=text, **guided)[0] for text in (" ", "two dogs with a hat"))
@@ -158,6 +158,7 @@ def test_a_folder_with_an_adapter_file_makes_the_same_picture_and_keeps_its_reci
     file = adapters.write(style(family), tmp_path / "style.safetensors", "diffusers")
     request = Request("a cat", seeds=(1,), **SIZE)
     done = generate(tmp_path / "base", [(file, strong(family))], request, tmp_path / "out.png", Options(device="cpu"))
+    assert apart(pixels(tmp_path / "out.png"), plain(family)) > 1
     with styled(family, strong(family)):
         assert apart(pixels(tmp_path / "out.png"), shown(pipe)[0]) <= 1
     kept = pictures.read(tmp_path / "out.png")

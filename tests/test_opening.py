@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hubtool.cli.main import cli
 from hubtool.errors import CorruptFile, FileMissing, HubError, LoadMismatch, Unsupported, UsageProblem
-from hubtool.layouts import checkpoint_tables
+from hubtool.layouts import checkpoint_tables, tables
 from hubtool.pipelines import base_families, generating, opening, single_file
 from hubtool.pipelines.generating import Request
 from hubtool.pipelines.tiny import build
@@ -253,3 +253,12 @@ def test_a_run_on_a_single_file_takes_its_configurations_from_a_folder(tmp_path:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["config"]["config_from"] == str(base)
     assert f'config_from = "{base}"' in (tmp_path / "out" / "train.toml").read_text()
+
+
+@pytest.mark.parametrize("family", checkpoint_tables.families())
+def test_what_a_file_lacks_is_looked_for_in_the_familys_own_repository_first(family: str) -> None:
+    table = checkpoint_tables.pipeline(family)
+    assert table is not None
+    if table.repositories:
+        assert table.repositories[0] == tables.family(family).base_model
+        assert table.alone.keys() <= {name for name, words in table.others.items() if words}

@@ -27,6 +27,7 @@ from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe
 from hubtool.ops.strengths import Strengths, parse
 from hubtool.ops.target import SUFFIXES
+from hubtool.tensors.device import check_device
 from hubtool.tensors.writer import same_file
 
 Progress = Callable[[int], None]
@@ -34,6 +35,7 @@ Report: TypeAlias = "AdapterReport | merge_checkpoints.Report"
 Planned: TypeAlias = tuple[Plan, "Report"]
 DEFAULTS = MappingProxyType({"adapter": "linear", "checkpoint": "weighted_sum"})
 _HASHED = 1 << 30  # bytes: a larger input is only hashed when asked, it costs more than merging does
+_WHOLE = ("checkpoint", "diffusers_pipeline", "text_encoder")  # what an adapter can be collapsed into
 _BUDGET = ("rank", "energy", "error", "size", "across", "max_rank")
 
 
@@ -137,6 +139,7 @@ def merge(
     options = options or Options()
     if output is None and not options.dry_run:
         raise UsageProblem("no output is named", hint="give -o OUT or --dry-run")
+    check_device(options.device)
     job = _job(inputs, None if output is None else Path(output), options)
     _check_output(job)
     if options.steps is not None:
@@ -169,16 +172,21 @@ def _spread(inputs: Sequence[Input], options: Options) -> list[Input]:
 
 def _kind(files: Sequence[TensorFile]) -> str:
     """``adapter`` or ``checkpoint``; whatever is neither is refused where it is read."""
-    kinds = ["adapter" if identify(file).kind == "lora" else "checkpoint" for file in files]
-    if len(set(kinds)) > 1:
-        first, other = kinds[0], next(i for i, kind in enumerate(kinds) if kind != kinds[0])
-        text = f"{files[0].path.name} is {_an(first)}, {files[other].path.name} is {_an(kinds[other])}"
-        raise UsageProblem(text, path=files[other].path, hint="hubtool collapse puts adapters into a checkpoint")
-    return kinds[0]
-
-
-def _an(kind: str) -> str:
-    return "an adapter" if kind == "adapter" else "no adapter"
+    found = [identify(file).kind for file in files]
+    kinds = ["adapter" if kind == "lora" else "checkpoint" for kind in found]
+    other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is None:
+        return kinds[0]
+    text = (
+        f"{files[0].path.name} is of kind {found[0]}, {files[other].path.name} of kind {found[other]}: they have no sum"
+    )
+    whole = any(kind in _WHOLE for kind in found)
+    hint = (
+        "hubtool collapse puts adapters into a checkpoint"
+        if whole
+        else "merge files of one kind; load the others beside"
+    )
+    raise UsageProblem(text, path=files[other].path, hint=hint)
 
 
 def _check_output(job: _Job) -> None:

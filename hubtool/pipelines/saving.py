@@ -57,7 +57,9 @@ def adapter_of(pipe: Any, name: str) -> Adapter:
     record = records(pipe).get(name, Record())
     if record.effect is not None:
         kind = record.report.kind if record.report else "effect"
-        raise Unsupported(f"{name} is a {kind}, no change of weights: its own file keeps it", hint="hubtool convert FILE")
+        raise Unsupported(
+            f"{name} is a {kind}, no change of weights: its own file keeps it", hint="hubtool convert FILE"
+        )
     patches: dict[ModuleKey, Patch] = {**_layers(pipe, name, record), **patches_of(pipe, name)}
     family = _family(pipe)
     names = {component: _called(record.back.get(component, component), family) for component, _ in patches}

@@ -65,7 +65,7 @@ class Effect:
     components = ("text_encoder",)
 
     def check(self, pipe: Any, strength: float) -> None:
-        """Raises ``LoadMismatch`` for a pipeline without such an encoder, ``Unsupported`` without a text projection, ``ShapeMismatch`` for one of another width."""
+        """Raises ``LoadMismatch`` for a pipeline without such an encoder, ``Unsupported`` without a text projection, ``ShapeMismatch``."""
         family, encoder = family_of(pipe), getattr(pipe, "text_encoder", None)
         if family not in _FAMILIES or encoder is None or not hasattr(pipe, _METHOD):
             raise LoadMismatch(
