@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 import hubtool as api
 from hubtool import resources
-from hubtool.actions.inspect import inspect, locate
+from hubtool.actions.inspect import inspect
+from hubtool.actions.refs import locate
 from hubtool.actions.scan import scan
 from hubtool.cli.facts import facts
 from hubtool.cli.main import cli
@@ -212,7 +213,7 @@ class TestExplain:
 
 class TestLocate:
     def test_an_existing_path_is_itself(self, tmp_path: Path) -> None:
-        assert locate(str(tmp_path)) == str(tmp_path)
+        assert locate(str(tmp_path)) == tmp_path
 
     def test_an_artifact_that_is_gone_is_not_found(self, tmp_path: Path) -> None:
         from hubtool.actions.library import open_store

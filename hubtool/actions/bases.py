@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from hubtool.actions.recipe import locate
+from hubtool.actions.refs import locate
 from hubtool.errors import FileError, FileMissing, HubError, HubtoolError
 from hubtool.formats.documents import is_plain_name, read_json
 

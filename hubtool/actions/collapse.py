@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hubtool.actions.late_hashes import LateHashes
 from hubtool.actions.outcome import recorded
-from hubtool.actions.recipe import RunOptions, fingerprint, locate, resolve
+from hubtool.actions.recipe import RunOptions, fingerprint, resolve
+from hubtool.actions.refs import locate
 from hubtool.actions.where import library_exists
 from hubtool.errors import NotFound, UsageProblem
 from hubtool.formats import open_file

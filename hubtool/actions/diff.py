@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hubtool.actions.recipe import locate
+from hubtool.actions.refs import locate
 from hubtool.formats import open_file
 from hubtool.ops.diff.report import Difference
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hubtool.actions.recipe import RunOptions, fingerprint, locate, resolve
+from hubtool.actions.recipe import RunOptions, fingerprint, resolve
+from hubtool.actions.refs import locate
 from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
 from hubtool.formats import open_file
 from hubtool.layouts.identify import identify

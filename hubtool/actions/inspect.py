@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubtool.adapters.identity import Identity
-from hubtool.errors import CorruptFile, NotFound
+from hubtool.errors import CorruptFile
 from hubtool.formats.base import EMPTY, TensorFile
 from hubtool.tensors.dtypes import BITS, numel
 from hubtool.types import Finding
@@ -87,21 +87,6 @@ def inspect(path: str | Path, *, hashes: bool = True, values: bool = True) -> Re
     identity = identify(file)
     found = (*file.findings, *identity.findings, *(_check_values(file) if values and identity.kind in _CHECKED else ()))
     return Report(file, identity, _hashes(file) if hashes else EMPTY, tuple(dict.fromkeys(found)))
-
-
-def locate(ref: str, library: str | None = None) -> str:
-    """The path meant by ``ref``: an existing path, or where the artifact of that id or hash prefix lies. Raises NotFound, AmbiguousRef."""
-    if Path(ref).exists():
-        return ref
-    from hubtool.actions.library import reading
-    from hubtool.registry import browse
-
-    with reading(library) as reader:
-        row = browse.find(reader, ref)
-    for place in row.places:
-        if place.state == "present":
-            return place.path
-    raise NotFound(f"{ref} is in the library, but nowhere on disk", hint=f"hubtool show {ref}")
 
 
 def _check_values(file: TensorFile) -> Iterator[Finding]:

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from hubtool.actions.late_hashes import LateHashes
 from hubtool.actions.outcome import lossy, recorded
-from hubtool.actions.recipe import RunOptions, locate
+from hubtool.actions.recipe import RunOptions
+from hubtool.actions.refs import locate
 from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile

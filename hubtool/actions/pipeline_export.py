@@ -13,7 +13,8 @@ from typing import Any
 from hubtool.actions.bases import located
 from hubtool.actions.generate_inputs import Refs, pairs
 from hubtool.actions.outcome import lossy, recorded
-from hubtool.actions.recipe import Hashes, RunOptions, locate
+from hubtool.actions.recipe import Hashes, RunOptions
+from hubtool.actions.refs import locate
 from hubtool.adapters.ir import Adapter, Embedding
 from hubtool.errors import FileError, Unsupported, UsageProblem, WouldOverwrite
 from hubtool.formats import TensorFile, open_file

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hubtool.actions.inspect import Report, inspect, locate
+from hubtool.actions.inspect import Report, inspect
+from hubtool.actions.refs import locate
 from hubtool.errors import FileMissing, UsageProblem
 from hubtool.formats.base import TensorFile
 from hubtool.hub import pictures
@@ -100,7 +101,7 @@ def gather(refs: Sequence[str], cleaner: Cleaner, library: str | None) -> list[I
     """Open every REF; the first is the one that loads without arguments. Raises ``NotFound``, ``FileError``, ``UsageProblem``."""
     if not refs:
         raise UsageProblem("nothing to publish is named")
-    items = [_item(Path(locate(ref, library)), cleaner) for ref in refs]
+    items = [_item(locate(ref, library), cleaner) for ref in refs]
     paths = [item.path.resolve() for item in items]
     if len(set(paths)) < len(paths):
         raise UsageProblem("a file is named twice")

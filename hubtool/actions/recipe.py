@@ -7,14 +7,14 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hubtool.actions.where import library_exists
+from hubtool.actions.refs import locate
 from hubtool.errors import ConversionError, FileMissing, HubtoolError, NotFound, UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops import recipe as recipes
@@ -118,28 +118,6 @@ def _sha256(path: Path) -> str:
             pread_into(fd, view, at, path)
             digest.update(view)
     return digest.hexdigest()
-
-
-def locate(text: str | os.PathLike[str], library: str | None = None) -> Path:
-    """The path that a REF means: itself where it exists, else the artifact of the library. Raises ``FileMissing``, ``NotFound``, ``AmbiguousRef``."""
-    path = Path(text)
-    if os.path.lexists(path):
-        return path
-    if not library_exists(library) or path.name != os.fspath(text):
-        raise FileMissing("no such file", path=path)
-    from hubtool.actions.library import reading
-    from hubtool.registry import browse
-
-    with reading(library) as reader:
-        row = browse.find(reader, os.fspath(text))
-    return _present(os.fspath(text), [Path(place.path) for place in row.places])
-
-
-def _present(ref: str, paths: Sequence[Path]) -> Path:
-    for path in paths:
-        if path.exists():
-            return path
-    raise NotFound(f"{ref!r} is in the library, its file is not there now", hint="hubtool scan its folder")
 
 
 def resolve(one: Input, options: RunOptions) -> Path:

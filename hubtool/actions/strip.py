@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hubtool.actions.outcome import Options, lossy, recorded
-from hubtool.actions.recipe import Hashes, RunOptions, locate
+from hubtool.actions.recipe import Hashes, RunOptions
+from hubtool.actions.refs import locate
 from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
 from hubtool.ops.execute import execute

@@ -18,7 +18,7 @@ def command(state: State, ref: str, as_json: bool) -> None:
     show (where they differ, the tensors win); which programs read the file, and with which defect; and the command that mends it.
     """
     from hubtool.actions.explain import explain
-    from hubtool.actions.inspect import locate
+    from hubtool.actions.refs import locate
     from hubtool.cli.explaining import draw
     from hubtool.cli.output import print_json
 

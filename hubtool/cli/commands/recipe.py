@@ -9,6 +9,7 @@ import click
 
 from hubtool.actions import recipe as actions
 from hubtool.actions.recipe import RunOptions
+from hubtool.actions.refs import locate
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.ops import recipe as recipes
@@ -82,7 +83,7 @@ def run(state: State, /, source: str, out: Path | None, as_json: bool, **asked: 
 def check(state: State, /, source: str, as_json: bool, **asked: Any) -> None:
     """Run the recipe that SOURCE keeps and compare the result's SHA-256 with SOURCE's. Exit 1 where they differ."""
     options = RunOptions(**asked, library=state.library)
-    path = actions.locate(source, state.library)
+    path = locate(source, state.library)
     with output.progress(f"checking {path.name}") as advance:
         verdict = actions.check(path, options, advance)
     if as_json:
