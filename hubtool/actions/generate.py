@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hubtool.actions.generate_inputs import Chosen, Ready, Refs, ready, with_schedules
+from hubtool.actions.generate_settings import Settings
 from hubtool.actions.load import load, unload
 from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.pipelines import generating, grids, opening, pictures
@@ -28,6 +29,7 @@ class Options:
     """``grid``: ``adapters``, or strengths to compare; ``negatives``: embeddings that belong into the negative prompt.
 
     ``schedules``: file name of an adapter -> how its strength changes from step to step, in the words of ``pipelines.curves``.
+    ``settings``: reference or file name of an adapter -> what its kind has to be set, such as ``{"steps": 10}``.
     ``config_from``: a diffusers folder that a single file takes configurations and tokenizers from. ``hashes``: fingerprint the base
     even above 1 GiB.
     """
@@ -35,6 +37,7 @@ class Options:
     negatives: Sequence[str | Path] = ()
     grid: str | Strengths | None = None
     schedules: Mapping[str, str] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
     config_from: Path | None = None
@@ -66,17 +69,18 @@ class Generated:
 
 def pipeline(
     base: str | Path, adapters: Refs = (), *, device: str = "auto", dtype: str = "auto",
-    config_from: str | Path | None = None, library: str | None = None,
+    config_from: str | Path | None = None, settings: Settings | None = None, library: str | None = None,
 ) -> Any:  # fmt: skip
     """A diffusers pipeline of ``base`` with ``adapters`` loaded, on the best device.
 
     ``base``: a diffusers folder, a single file, a reference to the library, or a repository of the Hub. ``adapters``: paths or
     references, each alone or as (reference, strength); or a mapping of them to strengths. Adapters that PEFT has no layer for go into
-    the weights; ``hubtool.unload(pipe, name)`` takes any of them out again. The family is checked before weights are read.
-    Raises ``LoadMismatch``, ``Unsupported``, ``MissingExtra``, ``HubError`` and what ``hubtool.load`` raises.
+    the weights; ``hubtool.unload(pipe, name)`` takes any of them out again. ``settings``: as of ``Options``. The family and the settings
+    are checked before weights are read. Raises ``LoadMismatch``, ``Unsupported``, ``MissingExtra``, ``HubError`` and what ``hubtool.load``
+    raises.
     """
     opening.need_packages()
-    found = ready(base, adapters, library=library)
+    found = ready(base, adapters, settings=settings, library=library)
     pipe = _opened(found, device, dtype, Path(config_from) if config_from else None)
     for one in found.all:
         load(pipe, one.path, strength=one.part.strength, settings=one.settings)
@@ -98,7 +102,9 @@ def generate(
     paths = _paths(output, request, options)
     if not options.dry_run:
         opening.need_packages()
-    found = ready(base, adapters, options.negatives, library=options.library, hashes=options.hashes)
+    found = ready(
+        base, adapters, options.negatives, settings=options.settings, library=options.library, hashes=options.hashes
+    )
     found = with_schedules(found, options.schedules)
     if options.grid is not None and options.schedules:
         raise UsageProblem("a grid compares constant strengths: leave the schedules out")
@@ -253,7 +259,9 @@ def _cells(
     each = [(Path(part.name).stem, mask) for part, mask in zip(parts, alone, strict=True)]
     each += [("all", (1.0,) * len(parts))] if len(parts) > 1 else []
     if isinstance(grid, str):
-        own = [("none", (0.0,) * len(parts)), *((name, _scaled(mask, parts)) for name, mask in each)]
+        labels = [*map(_label, parts), *(name for name, _ in each[len(parts) :])]
+        scaled = [_scaled(mask, parts) for _, mask in each]
+        own = [("none", (0.0,) * len(parts)), *zip(labels, scaled, strict=True)]
         return [(f"seed {seed}", seed, [one for _, one in own]) for seed in request.seeds], [name for name, _ in own]
     several = len(request.seeds) > 1
     rows = [
@@ -262,6 +270,11 @@ def _cells(
         for name, mask in each
     ]
     return rows, [f"{value:g}" for value in grid]
+
+
+def _label(part: Part) -> str:
+    name = Path(part.name).stem
+    return name if part.strength == 1 else f"{name} {part.strength:g}"
 
 
 def _scaled(mask: Strengths, parts: Sequence[Part]) -> Strengths:

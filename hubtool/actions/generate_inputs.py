@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from hubtool.actions.generate_settings import ALONE, TOKENS, Settings, asked, check_named, kept, of_part, settled
 from hubtool.actions.recipe import RunOptions, fingerprint, resolve
 from hubtool.actions.refs import locate
 from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
@@ -25,7 +25,6 @@ from hubtool.pipelines.pictures import Part, Recipe
 
 Refs = Mapping[Any, float] | Sequence[str | Path | tuple[str | Path, float]]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_ALONE: Mapping[str, Any] = MappingProxyType({"pair": False})
 _LARGE = 1 << 30  # above, hashing a base takes longer than a few pictures
 
 
@@ -67,16 +66,22 @@ class Ready:
 
 
 def ready(
-    base: Any, adapters: Refs, negatives: Sequence[str | Path] = (), *, library: str | None = None, hashes: bool = False
-) -> Ready:
+    base: Any, adapters: Refs, negatives: Sequence[str | Path] = (), *, settings: Settings | None = None,
+    library: str | None = None, hashes: bool = False,
+) -> Ready:  # fmt: skip
     """Find base and adapters; reads headers and hashes, loads nothing.
 
-    Raises ``LoadMismatch`` for an adapter of another family, ``Unsupported`` for files that are no base or no adapter, and what finding
-    them raises.
+    ``settings``: reference, or name of an adapter's file with or without suffix -> what its kind has to be set (``generate_settings``).
+    Raises ``LoadMismatch`` for an adapter of another family, ``Unsupported`` for files that are no base or no adapter, ``UsageProblem``
+    and ``BadValues`` for settings, and what finding them raises.
     """
+    settings = settings or {}
     source, part, families = _base(base, library, hashes)
-    chosen = tuple(_adapter(ref, strength, families, library) for ref, strength in pairs(adapters))
-    dark = tuple(_negative(_adapter(ref, 1.0, families, library)) for ref in negatives)
+    given = pairs(adapters)
+    chosen = tuple(_adapter(ref, strength, families, library, settings) for ref, strength in given)
+    dark = tuple(_negative(_adapter(ref, 1.0, families, library, settings)) for ref in negatives)
+    refs = (*(ref for ref, _ in given), *negatives)
+    check_named(settings, zip(refs, (one.part.name for one in (*chosen, *dark)), strict=True))
     chosen, dark = _paired(chosen, dark, families)
     return Ready(part, source, chosen, dark, None if isinstance(base, str | Path) else base)
 
@@ -105,15 +110,17 @@ def named(text: str) -> tuple[str, float]:
 
 def of_recipe(
     recipe: Recipe, search: Sequence[Path], library: str | None
-) -> tuple[str, list[tuple[str, float]], list[str]]:
-    """(base, adapters, negative embeddings) of a picture, found by name and hash. Raises ``NotFound``."""
+) -> tuple[str, list[tuple[str, float]], list[str], dict[str, dict[str, Any]]]:
+    """(base, adapters, negative embeddings, settings) of a picture, found by name and hash. Raises ``NotFound``."""
     options = RunOptions(search=tuple(search), library=library)
     repository = recipe.base.sha256 is None and _REPOSITORY.fullmatch(recipe.base.name)
     base = recipe.base.name if repository else _found(recipe.base, options)
+    parts = [(_found(one, options), one) for one in recipe.adapters]
     return (
         base,
-        [(_found(one, options), one.strength) for one in recipe.adapters if not one.negative],
-        [_found(one, options) for one in recipe.adapters if one.negative],
+        [(path, one.strength) for path, one in parts if not one.negative],
+        [path for path, one in parts if one.negative],
+        {path: dict(of_part(one, options)) for path, one in parts},
     )
 
 
@@ -159,7 +166,9 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in open_file(path).files)
 
 
-def _adapter(ref: str | Path, strength: float, families: tuple[str, ...], library: str | None) -> Chosen:
+def _adapter(
+    ref: str | Path, strength: float, families: tuple[str, ...], library: str | None, settings: Settings
+) -> Chosen:
     if not math.isfinite(strength):
         raise BadValues(f"a strength of {strength} is no number")
     path = locate(ref, library)
@@ -168,22 +177,28 @@ def _adapter(ref: str | Path, strength: float, families: tuple[str, ...], librar
     if kind is None:
         raise Unsupported(f"a file of kind {found.kind} is no adapter", path=path, hint=f"hubtool inspect {path}")
     fits = (found.family,) if found.family else found.family_candidates
-    if found.kind != "textual_inversion" and families and fits and not {*families} & {*fits}:
+    if found.kind != TOKENS and families and fits and not {*families} & {*fits}:
         raise LoadMismatch(f"the adapter is for {' or '.join(fits)}, the base is {' or '.join(families)}", path=path)
-    part = Part(path.resolve().name, fingerprint(path), found.family, found.kind, strength)
-    return Chosen(part, path, not kind.STRENGTH)
+    name = path.resolve().name
+    own = settled(found.kind, path, asked(settings, ref, name), library)
+    part = Part(name, fingerprint(path), found.family, found.kind, strength, settings=kept(found.kind, own))
+    return Chosen(part, path, not kind.STRENGTH, own)
 
 
 def _paired(
     chosen: tuple[Chosen, ...], dark: tuple[Chosen, ...], families: tuple[str, ...]
 ) -> tuple[tuple[Chosen, ...], tuple[Chosen, ...]]:
-    """The negative halves of DreamArtist pairs among the negative embeddings; the positive ones are loaded without them."""
-    tokens = [one for one in chosen if one.part.kind == "textual_inversion"]
-    halves = {one.path: other for one in tokens if (other := partner(one.path)) is not None}
+    """The negative halves of DreamArtist pairs among the negative embeddings; each half is loaded alone."""
+    whole = [one.path for one in chosen if one.part.kind == TOKENS and one.settings["pair"]]
+    halves = dict.fromkeys(other for path in whole if (other := partner(path)) is not None)
     named = {one.part.sha256 for one in (*chosen, *dark)}
-    added = [_negative(_adapter(other, 1.0, families, None)) for other in halves.values()]
-    alone = tuple(replace(one, settings=_ALONE) if one.path in halves else one for one in chosen)
-    return alone, (*dark, *(one for one in added if one.part.sha256 not in named))
+    added = [_negative(_adapter(other, 1.0, families, None, {})) for other in halves]
+    dark = (*dark, *(one for one in added if one.part.sha256 not in named))
+    return tuple(map(_alone, chosen)), tuple(map(_alone, dark))
+
+
+def _alone(chosen: Chosen) -> Chosen:
+    return replace(chosen, settings=ALONE) if chosen.part.kind == TOKENS else chosen
 
 
 def _negative(chosen: Chosen) -> Chosen:

@@ -25,7 +25,8 @@ _SHORT = 10  # digits of a hash that A1111 shows
 class Part:
     """A base, an adapter, or an embedding of the ``negative`` prompt; ``name`` is a file's or a repository's, never a whole path.
 
-    ``schedule``: how the strength changes from step to step, in the words of ``curves``.
+    ``schedule``: how the strength changes from step to step, in the words of ``curves``. ``settings``: what else its kind has to be
+    set; a file is ``{"name", "sha256"}``.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     strength: float = 1.0
     negative: bool = False
     schedule: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,16 @@ def _part(document: Any) -> Part:
         raise TypeError("a part of the recipe has words of the wrong type")
     if not math.isfinite(part.strength):
         raise ValueError("a strength is no number")
+    if not isinstance(part.settings, dict) or not all(map(_is_setting, part.settings.values())):
+        raise TypeError("the settings of an adapter have values of the wrong type")
     return part
+
+
+def _is_setting(value: Any) -> bool:
+    """A number, on or off, nothing, or a file by name and hash."""
+    if isinstance(value, dict):
+        return value.keys() == {"name", "sha256"} and all(isinstance(text, str) for text in value.values())
+    return value is None or (isinstance(value, bool | int | float) and math.isfinite(value))
 
 
 def _request(document: Any) -> Request:

@@ -12,6 +12,7 @@ import click
 
 from hubtool.actions.generate import Generated, Options, generate
 from hubtool.actions.generate_inputs import named, of_recipe
+from hubtool.actions.generate_settings import described
 from hubtool.cli import output
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
@@ -22,6 +23,7 @@ from hubtool.pipelines.pictures import Recipe
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _SIZE = re.compile(r"(\d+)x(\d+)")
+_SETTING = re.compile(r"(.+?)\.(\w+)=(.*)", re.DOTALL)
 _MOST = 10_000  # pictures of one command
 
 
@@ -33,6 +35,7 @@ Examples:
   hubtool generate sd15/ cat.safetensors -p "a <cat>" --negative-embedding bad.pt --scheduler dpm++2m-karras -o cat.png
   hubtool generate sdxl/ a.safetensors b.safetensors -p "a cat" --grid strengths=0,0.5,1 -o compared.png
   hubtool generate sdxl/ style.safetensors -p "a cat" --steps 30 --schedule style=phases:0:0,0.4:1 -o late.png
+  hubtool generate sd15/ golden-hour.pt=0.7 -p "a cat" --set golden-hour.steps=20 --set golden-hour.slerp=on -o gold.png
   hubtool generate --from cat.png
   hubtool generate --from cat.png --search adapters/ --seed 8 -o other.png
 """
@@ -55,6 +58,9 @@ Examples:
 @click.option("--grid", metavar="adapters|strengths=A,B,...", help="One labelled picture: a column each.")
 @click.option(
     "--schedule", "schedules", multiple=True, metavar="ADAPTER=CURVE", help="Strength by step: style=linear:1:0.2."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="ADAPTER.WORD=VALUE", help="What a kind has to be set: style.steps=10."
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
 @click.option(
@@ -91,12 +97,13 @@ def command(state: State, /, base: str | None, adapters: tuple[str, ...], out: s
     if out is None:
         raise UsageProblem("no output is named", hint="-o OUT.png")
     request = _request(kept, asked)
-    own, refs, dark = _inputs(kept, base, adapters, asked, state)
+    own, refs, dark, settings = _inputs(kept, base, adapters, asked, state)
     names = ("device", "dtype", "config_from", "hashes", "force", "dry_run")
     schedules = _schedules(asked["schedules"], kept if base is None else None)
     options = Options(
-        dark, _grid(asked["grid"], kept), schedules, library=state.library, **{name: asked[name] for name in names}
-    )
+        dark, _grid(asked["grid"], kept), schedules, _settings(asked["settings"], settings), library=state.library,
+        **{name: asked[name] for name in names},
+    )  # fmt: skip
     total = request.steps and request.steps * -(-len(request.seeds) // request.batch)
     with output.progress("generating", None if options.grid is not None else total) as advance:
         done = generate(own, refs, request, out, options, advance)
@@ -108,15 +115,15 @@ def command(state: State, /, base: str | None, adapters: tuple[str, ...], out: s
 
 def _inputs(
     kept: Recipe | None, base: str | None, adapters: tuple[str, ...], asked: dict[str, Any], state: State
-) -> tuple[str, list[tuple[str, float]], list[str]]:
-    """What was named, else what the picture was made of."""
+) -> tuple[str, list[tuple[str, float]], list[str], dict[str, dict[str, Any]]]:
+    """What was named, else what the picture was made of, with its settings."""
     if base is not None:
-        return base, [named(text) for text in adapters], list(asked["negatives"])
+        return base, [named(text) for text in adapters], list(asked["negatives"]), {}
     if kept is None:
         raise UsageProblem("no base is named", hint="hubtool generate BASE -p PROMPT -o OUT.png")
     places = (*asked["search"], asked["picture"].parent, Path())
-    own, refs, dark = of_recipe(kept, places, state.library)
-    return own, refs, [*dark, *asked["negatives"]]
+    own, refs, dark, settings = of_recipe(kept, places, state.library)
+    return own, refs, [*dark, *asked["negatives"]], settings
 
 
 def _request(kept: Recipe | None, asked: dict[str, Any]) -> Request:
@@ -181,6 +188,17 @@ def _schedules(texts: tuple[str, ...], kept: Recipe | None) -> dict[str, str]:
     return found
 
 
+def _settings(texts: tuple[str, ...], kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name of an adapter -> its settings: the recipe's, then what was asked, as texts."""
+    found = {name: dict(own) for name, own in kept.items()}
+    for text in texts:
+        parts = _SETTING.fullmatch(text)
+        if parts is None:
+            raise UsageProblem(f"{text!r} sets nothing", hint="--set style.steps=10")
+        found.setdefault(parts[1], {})[parts[2]] = parts[3]
+    return found
+
+
 def _show(recipe: Recipe, as_json: bool) -> None:
     if as_json:
         output.print_json(recipe.to_json())
@@ -197,7 +215,8 @@ def _parts(recipe: Recipe) -> Iterator[str]:
             if one.negative
             else f"strength {one.strength:g}{f' by {one.schedule}' if one.schedule else ''}"
         )
-        yield f"adapter: {one.name} ({role}, sha256 {one.sha256})"
+        more = f", {described(one.settings)}" if one.settings else ""
+        yield f"adapter: {one.name} ({role}{more}, sha256 {one.sha256})"
     yield f"computed on {recipe.device} in {recipe.dtype}"
 
 

@@ -1,6 +1,6 @@
 """What a pipeline can take. One module per kind of file, called like the kind; helpers begin with an underscore. A module has
 
-``STRENGTH``: whether a strength means anything. ``SETTINGS``: what may be set beside it, with the defaults.
+``STRENGTH``: whether a strength means anything. ``SETTINGS``: what may be set beside it, with the defaults (None: a file).
 ``read(file, identity, ask) -> Content``: what is in the file, in memory, not yet checked against a pipeline.
 
 Nothing here imports torch before a file of that kind is loaded.
@@ -97,15 +97,22 @@ def find(kind: str) -> Kind | None:
 
 def read(file: TensorFile, identity: Identity, ask: Ask) -> Content:
     """What is in ``file``. Raises ``Unsupported`` for a kind that no pipeline takes, ``UsageProblem`` for unknown settings."""
-    kind = find(identity.kind)
-    if kind is None:
+    if find(identity.kind) is None:
         hint = f"hubtool inspect {file.path}"
         raise Unsupported(f"{_called(identity)} cannot be loaded into a pipeline", path=file.path, hint=hint)
-    unknown = sorted(set(ask.settings) - set(kind.SETTINGS))
+    return check(identity.kind, ask.settings).read(file, identity, ask)
+
+
+def check(name: str, settings: Iterable[str]) -> Kind:
+    """The module of a kind. Raises ``UsageProblem`` for settings that it does not have, ``Unsupported`` for no such kind."""
+    kind = find(name)
+    if kind is None:
+        raise Unsupported(f"no pipeline takes the kind {name}")
+    unknown = sorted({*settings} - {*kind.SETTINGS})
     if unknown:
         known = ", ".join(kind.SETTINGS) or "nothing"
-        raise UsageProblem(f"{identity.kind} has no setting {', '.join(unknown)}", hint=f"there can be set: {known}")
-    return kind.read(file, identity, ask)
+        raise UsageProblem(f"{name} has no setting {', '.join(unknown)}", hint=f"there can be set: {known}")
+    return kind
 
 
 def setting(ask: Ask, known: Mapping[str, Any], name: str) -> Any:

@@ -30,7 +30,7 @@ from hubtool.tensors.expr import Read
 from hubtool.types import Finding
 
 STRENGTH = True
-# ``projection``: a file with CLIP's ``text_projection.weight``, for pipelines whose text encoder lacks it
+# ``projection``: a file with CLIP's ``text_projection.weight``, for pipelines whose text encoder lacks it; unless set, what lies beside
 SETTINGS: Mapping[str, Any] = MappingProxyType({"steps": 5, "rate": 1e-4, "slerp": False, "projection": None})
 _METHOD = "encode_prompt"
 _FAMILIES = ("sd1", "sd2")  # one CLIP encoder whose hidden states are the prompt
@@ -44,13 +44,16 @@ def read(file: TensorFile, identity: Identity, ask: Ask) -> Content:
     steps, rate = setting(ask, SETTINGS, "steps"), setting(ask, SETTINGS, "rate")
     if steps < 1 or not 0 < rate < float("inf"):
         raise BadValues(f"{steps} steps at rate {rate}: both must be above 0")
-    where = ask.settings.get("projection") or next(
-        (p for n in _BESIDE if (p := file.path.with_name(n)).is_file()), None
-    )
+    where = ask.settings["projection"] if "projection" in ask.settings else projection_beside(file.path)
     projection = None if where is None else _projection(Path(where))
     vector = _finite(Read(ref), "the embedding").flatten()
     effect = Effect(vector, steps, float(rate), setting(ask, SETTINGS, "slerp"), projection)
     return Content(Adapter(identity.family, {}, findings=identity.findings), identity.kind, effect, token=ask.token)
+
+
+def projection_beside(path: Path) -> Path | None:
+    """The file with a text projection that lies beside an embedding, where there is one."""
+    return next((file for name in _BESIDE if (file := path.with_name(name)).is_file()), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
