@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hubtool.version import __version__
+
 if TYPE_CHECKING:
     from hubtool.actions.convert import convert
     from hubtool.actions.distill import distill
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from hubtool.actions.pipeline_export import export
     from hubtool.actions.scan import scan
     from hubtool.formats import open_file
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Hub",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import only rooms of a smaller level, and itself; the entry files may import anything.
 LEVELS = {
-    "errors": 0, "types": 0,
+    "errors": 0, "types": 0, "version": 0,
     "resources": 1,
     "tensors": 2,
     "formats": 3, "adapters": 3,
@@ -107,6 +108,29 @@ def test_heavy_modules_are_imported_where_they_are_used(path: Path) -> None:
         if room(path) not in HEAVY.get(name.split(".")[0], {room(path)})
     ]
     assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also through functions: the order in which the parts can be understood exists."""
+    modules = {
+        ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    graph = {name: set(_named(path, modules)) - {name, "hubtool"} for name, path in modules.items()}
+    assert list(_circles(graph)) == []
+
+
+def _named(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module in modules:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in modules else node.module for name in names)
+
+
+def _circles(graph: dict[str, set[str]]) -> Iterator[tuple[str, ...]]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield tuple(error.args[1])
 
 
 def test_imports_are_absolute() -> None:

@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from hubtool import __version__, errors
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import FORMATS, State, format_option, pass_state
 from hubtool.cli.errors import EXIT_CODES, describe, wants_json
 from hubtool.cli.main import _COMMANDS, cli
@@ -295,7 +296,7 @@ class TestText:
         [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_130_000_000, "2.1 GB"), (5 * 10**15, "5000.0 TB")],
     )
     def test_sizes_for_people(self, count: int, text: str) -> None:
-        assert output.human_size(count) == text
+        assert human_size(count) == text
 
     def test_long_cells_keep_both_ends(self, capsys: pytest.CaptureFixture[str]) -> None:
         output.listing([{"path": "start" + "x" * 90 + "end.safetensors"}], ("path",), "table")

@@ -17,7 +17,7 @@ from hubtool.actions.publish_result import Options
 from hubtool.errors import HubtoolError
 from hubtool.hub.client import Client
 from hubtool.layouts.emit import emit
-from hubtool.ops.execute import write
+from hubtool.ops.weights_file import write
 from tests.support import publishing, tiny
 from tests.support.checkpoints import saved
 from tests.support.loading import BASE, in_another_process, put_base, snippet

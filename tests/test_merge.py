@@ -87,6 +87,47 @@ def test_an_adapter_beside_a_checkpoint_is_refused_and_collapse_named(models: Pa
     assert not (tmp_path / "o.safetensors").exists()
 
 
+@pytest.fixture
+def word(tmp_path: Path) -> Path:
+    save_file({"<cat>": torch.ones(2, 768)}, tmp_path / "cat.safetensors")
+    return tmp_path / "cat.safetensors"
+
+
+def test_an_embedding_beside_loras_is_refused_and_loading_both_named(models: Path, word: Path, tmp_path: Path) -> None:
+    for files in ((word, models / "x.safetensors"), (models / "x.safetensors", models / "y.safetensors", word)):
+        found = ask(*files, "-o", tmp_path / "o.safetensors")
+        assert found.exit_code == 2
+        assert "textual_inversion" in found.stderr
+        assert "merge the LoRAs alone, then hubtool generate BASE MERGED cat.safetensors" in " ".join(
+            found.stderr.split()
+        )
+        assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("a.safetensors", "hubtool pipeline export BASE cat.safetensors -o OUT/"),
+        ("cat.safetensors", "files of kind textual_inversion have no sum"),
+    ],
+)
+def test_an_embedding_beside_another_kind_is_refused_with_what_to_do(
+    models: Path, word: Path, tmp_path: Path, other: str, said: str
+) -> None:
+    second = word if other == word.name else models / other
+    found = ask(second, word, "-o", tmp_path / "o.safetensors")
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_file_of_unknown_kind_is_refused_and_explain_named(models: Path, tmp_path: Path) -> None:
+    save_file({"something": torch.ones(4, 4)}, tmp_path / "what.safetensors")
+    found = ask(models / "x.safetensors", tmp_path / "what.safetensors", "-o", tmp_path / "o.safetensors")
+    assert found.exit_code == 2
+    assert "hubtool explain what.safetensors" in " ".join(found.stderr.split())
+
+
 def test_the_output_keeps_the_recipe_with_the_hashes_of_its_inputs(models: Path, tmp_path: Path) -> None:
     one(models, tmp_path / "o.safetensors", "a", "b", strengths=("0.3",))
     said = open_file(tmp_path / "o.safetensors").metadata

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hubtool.actions.outcome import recorded
+from hubtool.actions.refs import locate
 from hubtool.actions.where import library_exists
 from hubtool.errors import LossyConversion, UsageProblem
 from hubtool.formats import TensorFile, open_file
@@ -52,9 +53,9 @@ class Converted(NamedTuple):
         return document if self.verdict is None else {**document, "verify": self.verdict.to_json()}
 
 
-def plan(source: str | Path, target: Target | None = None) -> Plan:
+def plan(source: str | Path, target: Target | None = None, *, library: str | None = None) -> Plan:
     """What ``convert`` would write, without writing it."""
-    return ops.plan(open_file(Path(source)), target or Target())
+    return ops.plan(open_file(locate(source, library)), target or Target())
 
 
 def convert(
@@ -64,20 +65,21 @@ def convert(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Convert ``source`` to ``output`` (or in place, where only names change).
+    """Convert ``source`` (a path, or a REF of the library) to ``output`` (or in place, where only names change).
 
     The container follows ``target.format``, else the output's suffix. Raises ``LossyConversion`` unless losses are allowed, and what
     planning and writing raise; the output appears whole or not at all.
     """
     target, options = target or Target(), options or Options()
-    file = open_file(Path(source))
+    path = locate(source, options.library)
+    file = open_file(path)
     made = ops.plan(file, _with_format(target, output, options))
     if made.losses and not options.allow_loss:
-        raise LossyConversion(_told(made), path=source, hint="choose another layout, or accept it with --allow-loss")
+        raise LossyConversion(_told(made), path=path, hint="choose another layout, or accept it with --allow-loss")
     if options.dry_run:
         return Converted(made, None, made.bytes_out)
     if options.in_place:
-        return Converted(made, Path(source), execute_in_place(made, file))
+        return Converted(made, path, execute_in_place(made, file))
     if output is None:
         raise UsageProblem("no output is named", hint="give -o OUT or --out-dir DIR")
     size = execute(made, Path(output), force=options.force, progress=progress)

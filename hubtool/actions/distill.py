@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,21 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from hubtool.actions import extract as extraction
 from hubtool.actions.bases import located
+from hubtool.actions.distill_tokens import Tokens
 from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions
-from hubtool.adapters.ir import Adapter, Embedding
-from hubtool.adapters.token_embeddings import canonical_metadata
+from hubtool.adapters.ir import Embedding
 from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.formats import open_file
 from hubtool.layouts.emission import Loss
-from hubtool.layouts.emit import emit
 from hubtool.ops.execute import execute
 from hubtool.ops.extract.request import Request
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Parent, Recipe, stamp
-from hubtool.ops.target import SUFFIXES
-from hubtool.tensors.expr import Expr
-from hubtool.tensors.writer import same_file, write_safetensors
+from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:
     from hubtool.ops.distill.tables import Table
@@ -36,14 +32,13 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 TOKENS = ("auto", "beside")
-_ENCODER_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
-_UNFIT = re.compile(r"[^\w.-]+")
+_ALONE = "no weight differs: what was learnt are the tokens alone"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``tokens``: ``auto`` puts new tokens into the output where its layout has a place for them, else (and with ``beside``) into
-    files beside it. ``names``: of the new tokens, where no tokenizer tells. ``download``: repositories may be fetched.
+    """``tokens``: ``auto`` puts new tokens into the output where its layout has a place for them or nothing else is new, else (and with
+    ``beside``) into files beside it. ``names``: of the new tokens, where no tokenizer tells. ``download``: repositories may be fetched.
     """
 
     allow_loss: bool = False
@@ -159,7 +154,7 @@ def prepare(tuned: str | Path, base: str | Path, request: Request, options: Opti
 
 
 def run(job: Job, output: str | Path, progress: Progress | None = None) -> Distilled:
-    """Carry out what ``prepare`` returned. ``progress`` counts up to ``job.total``.
+    """Carry out what ``prepare`` returned. ``progress`` counts up to ``job.total``. Where only tokens are new, they are the output.
 
     Raises ``LossyConversion`` before anything is decomposed, where the tuned pipeline changed what no adapter holds, unless that is
     allowed; ``WouldOverwrite``, and what decomposing and writing raise. Every file appears whole or not at all.
@@ -169,14 +164,16 @@ def run(job: Job, output: str | Path, progress: Progress | None = None) -> Disti
     from hubtool.ops.extract.scratch import Scratch
 
     output, task, options = Path(output), job.task, job.options
-    tokens = _Tokens.of(job, output)
+    tokens, notes = Tokens.of(job, output), tuple(_notes(job))
     _check_output(job, (output, *tokens.files))
     left = losses.losses(task, job.tables)
     if left and not options.allow_loss:
         raise _refused(left, task)
     hashes = Hashes([task.base.file.path, task.tuned.file.path])
     with Scratch(output.parent) as scratch, ExitStack() as undo:
-        plan, report = planning.extract(task, scratch, progress)
+        plan, report = planning.extract(task, scratch, progress, empty=bool(job.embeddings))
+        if not plan.tensors:
+            tokens, notes = Tokens.alone(job, output), (*notes, _ALONE)
         if plan.losses and not options.allow_loss:
             raise lossy(plan, output)
         recipe = recipe_of(job)
@@ -184,11 +181,14 @@ def run(job: Job, output: str | Path, progress: Progress | None = None) -> Disti
         plan = stamp(tokens.within(plan), recipe, parents)
         for path in tokens.write(plan.metadata, force=options.force):
             undo.callback(path.unlink, missing_ok=True)  # tokens without their LoRA are of no use
-        size = execute(plan, output, force=options.force, workers=task.request.workers, device=task.request.device)
+        size = 0
+        if plan.tensors:
+            size = execute(plan, output, force=options.force, workers=task.request.workers, device=task.request.device)
         undo.pop_all()
-    warning = _record(job, (output, *tokens.files))
+    output, *others = (*([output] if plan.tensors else []), *tokens.files)
     return Distilled(
-        plan, report, recipe, output, size, job.embeddings, (*left, *plan.losses), tuple(_notes(job)), tokens.files, warning
+        plan, report, recipe, output, size or output.stat().st_size, job.embeddings, (*left, *plan.losses), notes, tuple(others),
+        _record(job, (output, *others)),
     )  # fmt: skip
 
 
@@ -219,57 +219,6 @@ def _notes(job: Job) -> Iterable[str]:
         if table.tuned.shape[0] < table.base.shape[0]:
             yield f"{table.component}: the tuned table is {table.base.shape[0] - table.tuned.shape[0]} tokens shorter than the base's"
     yield from (f"{name} is not compared: the base has none" for name in absent(job.task))
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Where the new tokens go: ``inside`` (key -> vectors, with metadata), or a file for each token."""
-
-    inside: Mapping[str, Expr] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    beside: Mapping[Path, tuple[Embedding, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, job: Job, output: Path) -> _Tokens:
-        if not job.embeddings:
-            return cls()
-        if job.options.tokens == "auto":
-            emission = emit(Adapter(job.task.pairs.family, {}, job.embeddings), job.task.request.layout)
-            if not emission.losses and emission.container == "safetensors":
-                return cls(emission.tensors, emission.metadata)
-        named = dict.fromkeys(str(one.token) for one in job.embeddings)
-        files = {token: _token_file(output, token, at) for at, token in enumerate(named)}
-        return cls(
-            beside={path: tuple(one for one in job.embeddings if one.token == token) for token, path in files.items()}
-        )
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(self.beside)
-
-    def within(self, plan: Plan) -> Plan:
-        """The plan with the tokens that go into the output itself."""
-        if not self.inside:
-            return plan
-        return replace(
-            plan, tensors={**plan.tensors, **self.inside}, metadata={**plan.metadata, **self.metadata}, tree=None
-        )
-
-    def write(self, metadata: Mapping[str, str], *, force: bool) -> Iterable[Path]:
-        """A file for each token: its name is the key for one encoder (diffusers), ``clip_l`` and ``clip_g`` for two (SDXL)."""
-        for path, own in self.beside.items():
-            single = len(own) == 1
-            keys = [str(one.token) if single else _ENCODER_KEYS[str(one.encoder)] for one in own]
-            said = canonical_metadata(own[0].token, "diffusers" if single else "kohya-sdxl")
-            tensors = {key: one.vectors for key, one in zip(keys, own, strict=True)}
-            write_safetensors(path, tensors, {**metadata, **said}, force=force)
-            yield path
-
-
-def _token_file(output: Path, token: str, at: int) -> Path:
-    word = _UNFIT.sub("", token) or f"token{at}"
-    stem = output.stem if output.suffix in SUFFIXES else output.name
-    return output.with_name(f"{stem}-{word}.safetensors")
 
 
 def recipe_of(job: Job) -> Recipe:

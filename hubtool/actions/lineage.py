@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool import __version__
 from hubtool.actions.library import open_store, reading
 from hubtool.actions.trees import file_sha256
 from hubtool.actions.where import default_target, library_exists
 from hubtool.registry import browse
 from hubtool.registry.text import raw_path
+from hubtool.version import __version__
 
 if TYPE_CHECKING:  # SQLAlchemy: not for an output whose parents the library does not know
     from hubtool.registry.lineage import Parent

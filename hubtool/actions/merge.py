@@ -10,13 +10,13 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from hubtool.actions.late_hashes import LateHashes
+from hubtool.actions.merge_kinds import kind_of
 from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import RunOptions
 from hubtool.actions.refs import locate
 from hubtool.errors import UsageProblem, WouldOverwrite
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
-from hubtool.layouts.identify import identify
 from hubtool.ops import merge_adapters, merge_checkpoints
 from hubtool.ops import recipe as recipes
 from hubtool.ops.checkpoint_merge.shares import spread
@@ -36,7 +36,6 @@ Report: TypeAlias = "AdapterReport | merge_checkpoints.Report"
 Planned: TypeAlias = tuple[Plan, "Report"]
 DEFAULTS = MappingProxyType({"adapter": "linear", "checkpoint": "weighted_sum"})
 _HASHED = 1 << 30  # bytes: a larger input is only hashed when asked, it costs more than merging does
-_WHOLE = ("checkpoint", "diffusers_pipeline", "text_encoder")  # what an adapter can be collapsed into
 _BUDGET = ("rank", "energy", "error", "size", "across", "max_rank")
 
 
@@ -152,7 +151,7 @@ def _job(inputs: Sequence[Input], output: Path | None, options: Options) -> _Job
     base = () if options.base is None else (Input(path=options.base, role="base"),)
     every = (*_spread(inputs, options), *base)
     files = tuple(open_file(locate(one.path or one.ref or "", options.library)) for one in every)
-    kind = _kind(files)
+    kind = kind_of(files)
     named = (
         replace(one, path=str(file.path), ref=None, role=one.role or kind)
         for one, file in zip(every, files, strict=True)
@@ -169,25 +168,6 @@ def _spread(inputs: Sequence[Input], options: Options) -> list[Input]:
         replace(one, strengths=(*one.strengths, *([] if text is None else [text])), blocks=block or one.blocks)
         for one, text, block in rows
     ]
-
-
-def _kind(files: Sequence[TensorFile]) -> str:
-    """``adapter`` or ``checkpoint``; whatever is neither is refused where it is read."""
-    found = [identify(file).kind for file in files]
-    kinds = ["adapter" if kind == "lora" else "checkpoint" for kind in found]
-    other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
-    if other is None:
-        return kinds[0]
-    text = (
-        f"{files[0].path.name} is of kind {found[0]}, {files[other].path.name} of kind {found[other]}: they have no sum"
-    )
-    whole = any(kind in _WHOLE for kind in found)
-    hint = (
-        "hubtool collapse puts adapters into a checkpoint"
-        if whole
-        else "merge files of one kind; load the others beside"
-    )
-    raise UsageProblem(text, path=files[other].path, hint=hint)
 
 
 def _check_output(job: _Job) -> None:

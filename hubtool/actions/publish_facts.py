@@ -250,6 +250,6 @@ def _family_title(family: str | None) -> str:
 
 def tool() -> str:
     """The name and version that goes into the index and the card."""
-    from hubtool import __version__
+    from hubtool.version import __version__
 
     return f"hubtool {__version__}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubtool.actions.outcome import Options, lossy, recorded
+from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions
 from hubtool.actions.refs import locate
 from hubtool.errors import UsageProblem
@@ -22,6 +22,17 @@ from hubtool.ops.target import SUFFIXES
 __all__ = ["Options", "Stripped", "format_of", "run_recipe", "strip"]
 
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a strip is carried out, as ``actions.outcome.Options``; without a device: casting costs less than the way to one and back."""
+
+    allow_loss: bool = False
+    force: bool = False
+    dry_run: bool = False
+    library: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +75,7 @@ def strip(
     if output is None:
         raise UsageProblem("no output is named", hint="give -o OUT")
     plan = stamp(plan, recipe, [Parent.of(file, Hashes([file.path]).of(file.path))])
-    size = execute(
-        plan, Path(output), force=options.force, progress=progress, workers=options.workers, device=options.device
-    )
+    size = execute(plan, Path(output), force=options.force, progress=progress, workers=options.workers)
     return Stripped(
         plan, report, recipe, Path(output), size, _record(Path(output), file.path, request, options.library)
     )
@@ -95,7 +104,7 @@ def run_recipe(
     wanted = Request.of(
         recipe.parameters, dtype=recipe.output.dtype, format=recipe.output.format, family=recipe.inputs[0].family
     )
-    own = {name: getattr(options, name) for name in ("force", "dry_run", "library", "device", "workers")}
+    own = {name: getattr(options, name) for name in ("force", "dry_run", "library", "workers")}
     return strip(inputs[0], output, wanted, Options(**own), progress)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hubtool.cli.amounts import human_size
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -60,8 +62,6 @@ def _columns() -> list[Any]:
 
 def amount(done: float, total: float | None, speed: float | None) -> str:
     """``1.2 GB of 2.1 GB, 310.0 MB/s`` or ``3 of 12, 0.5/s``; what is not known yet is left out."""
-    from hubtool.cli.output import human_size
-
     counts_bytes = max(done, total or 0) >= _BYTES
     written = human_size if counts_bytes else "{:.0f}".format
     text = written(int(done)) if total is None else f"{written(int(done))} of {written(int(total))}"

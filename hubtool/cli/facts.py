@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hubtool.cli.output import clean, human_size
+from hubtool.cli.amounts import human_size
+from hubtool.cli.output import clean
 
 Document = Mapping[str, Any]
 _MOST = 8  # of a list; the rest is counted

@@ -21,9 +21,9 @@ from typing import Any
 
 import click
 
-from hubtool import __version__
 from hubtool.cli.context import State
 from hubtool.cli.errors import ENDINGS, EXIT_CODES, TERMINATED, report, wants_json
+from hubtool.version import __version__
 
 _COMMANDS = Path(__file__).parent / "commands"
 _SUMMARY_BYTES = 400  # enough for a first line

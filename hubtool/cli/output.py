@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import click
 
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import state
 
 # C0, DEL, C1, soft hyphen, Arabic letter mark, zero-width and bidi marks, line separators, surrogates, BOM, interlinear, tags
@@ -195,16 +196,6 @@ def _cell(column: str, value: Any) -> str:
 def _shorten(text: str) -> str:
     # The end of a path says more than its middle: keep both ends.
     return text if len(text) <= _MAX_CELL else f"{text[:20]}...{text[-(_MAX_CELL - 23) :]}"
-
-
-def human_size(count: int) -> str:
-    """Bytes for people, powers of 1000: ``1.5 MB``."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _stream(lines: Iterable[str]) -> None:

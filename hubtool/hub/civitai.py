@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from hubtool import __version__
 from hubtool.errors import HubError, UsageProblem
 from hubtool.tensors.strict_json import JsonError, loads_config
+from hubtool.version import __version__
 
 SWITCH = "HUBTOOL_CIVITAI"
 ENDPOINT = "https://civitai.com/api/v1"

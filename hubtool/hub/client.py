@@ -182,7 +182,7 @@ class Client:
 
 
 def _version() -> str:
-    from hubtool import __version__
+    from hubtool.version import __version__
 
     return __version__
 

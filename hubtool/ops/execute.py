@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,13 @@ from hubtool.errors import ConversionError, UsageProblem
 from hubtool.formats.base import TensorFile
 from hubtool.layouts.receipt import KEY as RECEIPT
 from hubtool.ops.plan import Plan
+from hubtool.ops.weights_file import Late, write
 from hubtool.tensors import header
 from hubtool.tensors.device import check_device
-from hubtool.tensors.evaluate import is_bytes
-from hubtool.tensors.expr import Expr, Read, Reshape
+from hubtool.tensors.expr import Read, Reshape
 from hubtool.tensors.progress import Progress, expect
 from hubtool.tensors.ref import TensorRef
-from hubtool.tensors.writer import atomic_folder, rewrite_header_in_place, same_file, write_safetensors
-
-Late = Callable[[bytes], bytes]
+from hubtool.tensors.writer import atomic_folder, rewrite_header_in_place, same_file
 
 
 def execute(
@@ -56,29 +53,6 @@ def execute(
     return write(
         output, plan.tensors, dict(plan.metadata) or None,
         force=force, header=plan.header, progress=progress, workers=workers, device=device, late=late,
-    )  # fmt: skip
-
-
-def write(
-    path: Path,
-    tensors: Mapping[str, Expr],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    force: bool = False,
-    header: bytes | None = None,
-    progress: Progress | None = None,
-    workers: int | None = None,
-    device: str = "cpu",
-    late: Late | None = None,
-) -> int:
-    """One safetensors file: copied in order where every tensor is bytes of files, else by several workers."""
-    if late is None and all(map(is_bytes, tensors.values())):
-        return write_safetensors(path, tensors, metadata, force=force, header=header, progress=progress)
-    from hubtool.tensors.parallel import write_safetensors_parallel
-
-    return write_safetensors_parallel(
-        path, tensors, metadata,
-        force=force, header=header, progress=progress, workers=workers, device=device, late=late,
     )  # fmt: skip
 
 

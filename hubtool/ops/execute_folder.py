@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from hubtool.layouts.checkpoint_receipt import EXTRAS
-from hubtool.ops import execute
+from hubtool.ops import weights_file
 from hubtool.ops.folder_plan import FolderPlan, WeightsFile
 from hubtool.tensors.expr import Expr, size
 from hubtool.tensors.writer import atomic_folder
@@ -27,13 +27,13 @@ def execute_folder(
     shard: int = SHARD,
     workers: int | None = None,
     device: str = "cpu",
-    late: execute.Late | None = None,
+    late: weights_file.Late | None = None,
 ) -> int:
     """Write the plan to the new folder ``output`` and return the bytes written.
 
     Weights of more than ``shard`` bytes are split under an index. Raises ``WouldOverwrite`` when ``output`` exists, ``FileError``.
     """
-    write = partial(execute.write, progress=progress, workers=workers, device=device)
+    write = partial(weights_file.write, progress=progress, workers=workers, device=device)
     with atomic_folder(output) as part:
         total = sum(_weights(plan, file, part, shard, write) for file in plan.files)
         if plan.extras:

@@ -12,6 +12,7 @@ import click
 
 from hubtool.actions.collapse import Collapsed, Options, collapse
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
 from hubtool.ops.recipe import Input
@@ -124,7 +125,7 @@ def _describe(done: Collapsed) -> None:
     plan, report = done.plan, done.report
     output.show(f"{plan.source} -> {done.output or '(dry run)'}")
     counts = f"{len(report.shares)} tensors computed, {report.tensors - len(report.shares)} copied"
-    output.show(f"  {plan.format}, layout {plan.layout or '-'}, {counts}, {output.human_size(done.size)}")
+    output.show(f"  {plan.format}, layout {plan.layout or '-'}, {counts}, {human_size(done.size)}")
     for line in _lines(done):
         output.show(f"  {line}")
     if done.warning:

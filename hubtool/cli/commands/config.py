@@ -8,11 +8,11 @@ from typing import Any
 import click
 from platformdirs import user_data_path
 
-from hubtool import __version__
 from hubtool.cli.commands.version import installed
 from hubtool.cli.context import State, json_option, pass_state
 from hubtool.cli.output import print_json, show, table
 from hubtool.hub.header_cache import cache_folder
+from hubtool.version import __version__
 
 _EXTRAS = {"torch": "torch", "diffusers": "diffusers", "hub": "huggingface_hub", "hash": "blake3"}
 

@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from hubtool.actions.convert import Converted, Options, convert
+from hubtool.actions.refs import locate
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import HubtoolError, PartialFailure, UsageProblem
 from hubtool.ops.plan import Plan
@@ -33,9 +35,10 @@ Examples:
   hubtool convert good.safetensors -o broken.safetensors --layout origin
   hubtool convert model.safetensors -o model/ --layout diffusers
   hubtool convert model/ -o model.safetensors --layout single-file
+  hubtool convert 3f9a1c -o style.safetensors --layout kohya
 """
 )
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output file (one source).")
 @click.option("--out-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for the outputs.")
 @click.option(
@@ -67,8 +70,8 @@ Examples:
 @dry_run_option
 @json_option
 @pass_state
-def command(state: State, /, sources: tuple[Path, ...], out: Path | None, out_dir: Path | None, **asked: Any) -> None:
-    """Convert SOURCES without losing a number.
+def command(state: State, /, sources: tuple[str, ...], out: Path | None, out_dir: Path | None, **asked: Any) -> None:
+    """Convert SOURCES (files, folders or library REFs) without losing a number.
 
     A loss is refused unless allowed. The header keeps a receipt of the origin, so that converting back gives the same bytes.
     """
@@ -81,27 +84,27 @@ def command(state: State, /, sources: tuple[Path, ...], out: Path | None, out_di
     if not (out or out_dir or options.in_place or options.dry_run):
         raise UsageProblem("no output is named", hint="give -o OUT, --out-dir DIR, --in-place or --dry-run")
     if len(sources) == 1:
-        destination = out or (_beside(sources[0], out_dir, target.format) if out_dir else None)
-        _report(_one(sources[0], destination, target, options), asked["as_json"])
+        _report(_one(sources[0], out, out_dir, target, options), asked["as_json"])
         return
     _many(sources, out_dir, target, options, asked["as_json"])
 
 
-def _one(source: Path, destination: Path | None, target: Target, options: Options) -> Converted:
+def _one(ref: str, out: Path | None, out_dir: Path | None, target: Target, options: Options) -> Converted:
+    source = locate(ref, options.library)
+    destination = out or (_beside(source, out_dir, target.format) if out_dir else None)
     if destination is not None and not options.dry_run:
         destination.parent.mkdir(parents=True, exist_ok=True)
     with output.progress(f"converting {source.name}") as advance:
         return convert(source, destination, target, options, advance)
 
 
-def _many(sources: tuple[Path, ...], out_dir: Path | None, target: Target, options: Options, as_json: bool) -> None:
+def _many(sources: tuple[str, ...], out_dir: Path | None, target: Target, options: Options, as_json: bool) -> None:
     done, failed = [], []
     for source in sources:
-        destination = _beside(source, out_dir, target.format) if out_dir else None
         try:
-            done.append(_one(source, destination, target, options))
+            done.append(_one(source, None, out_dir, target, options))
         except HubtoolError as error:
-            failed.append({"source": str(source), "error": error.to_json()})
+            failed.append({"source": source, "error": error.to_json()})
             output.complain(f"{source}: {error.message}")
     if as_json:
         output.print_json({"converted": [one.to_json() for one in done], "failed": failed})
@@ -131,7 +134,7 @@ def _describe(done: Converted) -> None:
     plan = done.plan
     output.show(f"{plan.source} -> {done.output or '(dry run)'}")
     layout = f"layout {plan.layout or '-'}"
-    size = output.human_size(done.size)
+    size = human_size(done.size)
     output.show(f"  {plan.format}, {layout}, {_counted(len(plan.tensors), 'tensor')}, {size}, {plan.fidelity}")
     for line in _details(plan, everything=done.output is None):
         output.show(f"  {line}")

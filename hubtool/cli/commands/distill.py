@@ -12,6 +12,7 @@ from hubtool.actions import distill as actions
 from hubtool.actions.distill import TOKENS, Distilled, Job, Options
 from hubtool.actions.extract import format_of
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.cli.factor_options import extraction, extraction_options, output_option, running_options
 from hubtool.errors import UsageProblem
@@ -72,7 +73,7 @@ def _preview(job: Job, as_json: bool) -> None:
     if as_json:
         output.print_json(known)
         return
-    size = output.human_size(known["bytes_at_most"])
+    size = human_size(known["bytes_at_most"])
     output.show(f"{known['family']}, layout {known['layout']}, at most {size} (dry run)")
     for component, count in known["modules"].items():
         output.show(f"  {component}: {count} modules to decompose")
@@ -84,7 +85,7 @@ def _preview(job: Job, as_json: bool) -> None:
 
 def _describe(done: Distilled) -> None:
     output.show(f"{done.output}")
-    output.show(f"  {done.report.family}, layout {done.plan.layout}, {output.human_size(done.size)}")
+    output.show(f"  {done.report.family}, layout {done.plan.layout}, {human_size(done.size)}")
     for line in _lines(done):
         output.show(f"  {line}")
     if done.warning:

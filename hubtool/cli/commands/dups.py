@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from hubtool.cli.amounts import human_size
 from hubtool.cli.changes import QUERY_SETTINGS
 from hubtool.cli.context import State, format_option, pass_state
-from hubtool.cli.output import human_size, listing, say
+from hubtool.cli.output import listing, say
 
 
 @click.command(context_settings=QUERY_SETTINGS)

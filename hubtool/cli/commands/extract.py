@@ -11,6 +11,7 @@ import click
 from hubtool.actions import extract as actions
 from hubtool.actions.extract import Extracted, Options
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.cli.factor_options import extraction, extraction_options, output_option, running_options
 from hubtool.errors import UsageProblem
@@ -64,9 +65,7 @@ def _preview(known: dict[str, Any], as_json: bool) -> None:
     if as_json:
         output.print_json(known)
         return
-    output.show(
-        f"{known['family']}, layout {known['layout']}, at most {output.human_size(known['bytes_at_most'])} (dry run)"
-    )
+    output.show(f"{known['family']}, layout {known['layout']}, at most {human_size(known['bytes_at_most'])} (dry run)")
     for component, count in known["modules"].items():
         output.show(f"  {component}: {count} modules to decompose")
     if known["differences"]:
@@ -83,7 +82,7 @@ def _describe(done: Extracted) -> None:
     output.show(f"{done.output}")
     ranks = sorted({one.rank for one in report.modules})
     spread = "-" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    size = output.human_size(done.size)
+    size = human_size(done.size)
     output.show(f"  {report.family}, layout {done.plan.layout}, {len(report.modules)} decomposed, {spread}, {size}")
     if report.error is not None:
         output.show(f"  error {report.error:.4f} of the change ({1 - report.error**2:.1%} of its energy kept)")

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, json_option, pass_state
 from hubtool.cli.errors import describe
 from hubtool.cli.facts import facts
-from hubtool.cli.output import complain, human_size, print_json, show, table
+from hubtool.cli.output import complain, print_json, show, table
 from hubtool.errors import HubtoolError, PartialFailure
 from hubtool.hub.refs import is_hub_ref
 

@@ -12,6 +12,7 @@ import click
 from hubtool.actions.merge import Merged, Options, merge
 from hubtool.actions.recipe import STEPS
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
 from hubtool.ops.factor_space.budget import Budget
@@ -221,7 +222,7 @@ def _describe(done: Merged) -> None:
     plan = done.plan
     names = ", ".join(map(_said, done.recipe.inputs))
     output.show(f"{names} -> {done.output or '(dry run)'}")
-    size = output.human_size(done.size)
+    size = human_size(done.size)
     output.show(
         f"  {done.recipe.method}, {plan.format}, layout {plan.layout or '-'}, {len(plan.tensors)} tensors, {size}"
     )

@@ -10,6 +10,7 @@ import click
 
 from hubtool.actions.pipeline_export import Exported, Options, export
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.commands.collapse import named
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
@@ -85,7 +86,7 @@ def export_(state: State, /, base: str, adapters: tuple[str, ...], out: Path | N
 
 def _describe(done: Exported) -> None:
     output.show(f"{done.plan.source} -> {done.output or '(dry run)'}")
-    output.show(f"  {done.plan.format}, {output.human_size(done.size)}")
+    output.show(f"  {done.plan.format}, {human_size(done.size)}")
     for line in _lines(done):
         output.show(f"  {line}")
     if done.warning:

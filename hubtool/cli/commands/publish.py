@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, json_option, pass_state
 from hubtool.cli.publishing import describing_options, said_of
 
@@ -83,7 +84,7 @@ def _describe(done: Any, dry_run: bool) -> None:
     rows = [change for change in done.changes if change.action != "keep"]
     for change in rows[:_SHOWN]:
         digest = (change.sha256 or change.before or "")[:12]
-        output.show(f"  {change.action:6} {change.path}  {output.human_size(change.size)}  {digest}")
+        output.show(f"  {change.action:6} {change.path}  {human_size(change.size)}  {digest}")
     if len(rows) > _SHOWN:
         output.show(f"  ... {len(rows) - _SHOWN} more")
     for finding in done.findings:

@@ -10,6 +10,7 @@ import click
 from hubtool.actions.pull import pull, raise_failed
 from hubtool.actions.pull_result import Item, Options, Pulled
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.hub.client import Client
 
@@ -76,8 +77,8 @@ def _wait(seconds: float) -> None:
 def _describe(result: Pulled) -> None:
     output.show(f"{result.ref} at {result.commit[:12]}")
     for item in result.items:
-        size = output.human_size(item.entry.size)
-        extra = f", {output.human_size(item.resumed)} were there from an earlier run" if item.resumed else ""
+        size = human_size(item.entry.size)
+        extra = f", {human_size(item.resumed)} were there from an earlier run" if item.resumed else ""
         output.show(f"  {_HOW[item.how]}: {item.target} ({size}{extra})")
     for path, reason in result.left_out.items():
         output.say(f"  left out: {path} ({reason})")

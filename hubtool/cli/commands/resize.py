@@ -10,6 +10,7 @@ import click
 
 from hubtool.actions.resize import Options, Resized, resize
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.cli.factor_options import budget, output_option, rank_options, running_options
 from hubtool.ops.extract.request import DTYPES
@@ -62,7 +63,7 @@ def _request(asked: dict[str, Any]) -> Request:
 
 
 def _describe(done: Resized) -> None:
-    report, size = done.report, output.human_size(done.size)
+    report, size = done.report, human_size(done.size)
     output.show(f"{done.plan.source} -> {done.output or '(dry run)'}")
     before = _span(sorted({rank for one in report.modules.values() for rank in one.ranks if rank}))
     after = _span(sorted({one.rank for one in report.modules.values() if one.rank is not None}))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from hubtool.cli.amounts import human_size
 from hubtool.cli.changes import QUERY_SETTINGS, confirm, raise_failed
 from hubtool.cli.context import State, dry_run_option, json_option, pass_state
-from hubtool.cli.output import human_size, print_json, say, show
+from hubtool.cli.output import print_json, say, show
 from hubtool.errors import UsageProblem
 
 

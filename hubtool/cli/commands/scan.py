@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, json_option, pass_state
-from hubtool.cli.output import human_size, listing, print_json, progress, say, show
+from hubtool.cli.output import listing, print_json, progress, say, show
 from hubtool.errors import PartialFailure, UsageProblem
 from hubtool.hub.refs import is_hub_ref
 

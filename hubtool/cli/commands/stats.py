@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, json_option, pass_state
-from hubtool.cli.output import human_size, print_json, show, table
+from hubtool.cli.output import print_json, show, table
 
 
 @click.command()

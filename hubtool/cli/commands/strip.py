@@ -10,6 +10,7 @@ import click
 
 from hubtool.actions.strip import Options, Stripped, format_of, strip
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.errors import UsageProblem
 from hubtool.ops.strip.casting import DTYPES
@@ -74,7 +75,7 @@ def _lines(done: Stripped) -> Iterator[str]:
     report = done.report
     for title, amounts in (("removed", report.removed), ("kept", report.kept)):
         for name, one in amounts.items():
-            yield f"{title}: {name}, {one.tensors} tensors, {output.human_size(one.bytes)}"
+            yield f"{title}: {name}, {one.tensors} tensors, {human_size(one.bytes)}"
     if report.caster is not None:
         yield f"cast to {report.caster.dtype}: {report.cast} tensors"
         lost = report.caster.lost
@@ -82,4 +83,4 @@ def _lines(done: Stripped) -> Iterator[str]:
             yield f"lost in {name}: {loss.overflow} overflow, {loss.underflow} underflow, {loss.nonfinite} not finite before"
         if len(lost) > _MOST:
             yield f"lost in {len(lost) - _MOST} more"
-    yield f"{done.plan.format}, {output.human_size(done.size)}"
+    yield f"{done.plan.format}, {human_size(done.size)}"

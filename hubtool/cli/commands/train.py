@@ -10,6 +10,7 @@ import click
 
 from hubtool.actions.train import Done, plan, train
 from hubtool.cli import output
+from hubtool.cli.amounts import human_size
 from hubtool.cli.context import State, dry_run_option, force_option, json_option, pass_state
 from hubtool.ops.recipes.schema import schema
 from hubtool.training import config as configs
@@ -114,7 +115,7 @@ def _described(done: Done) -> Iterator[str]:
     last = f", last loss {trained.steps[-1].loss:.5f}" if trained.steps else ""
     resumed = f" ({trained.resumed} before the interruption)" if trained.resumed else ""
     yield f"  {trained.config.run.steps} steps{resumed}{last}, {trained.parameters} numbers trained"
-    memory = f", at most {output.human_size(trained.peak_memory)} of GPU memory" if trained.peak_memory else ""
+    memory = f", at most {human_size(trained.peak_memory)} of GPU memory" if trained.peak_memory else ""
     yield f"  {trained.seconds:.1f} s{memory}"
 
 
@@ -130,11 +131,9 @@ def _tell(found: Estimate, as_json: bool) -> None:
         return
     output.show(f"{found.steps} steps, {found.samples} images seen in {found.epochs:.1f} epochs of {found.images}")
     rows = [[name, f"{count} images"] for name, count in found.buckets.items()]
-    rows += [[name, output.human_size(size)] for name, size in (found.memory or {}).items()]
+    rows += [[name, human_size(size)] for name, size in (found.memory or {}).items()]
     rows += (
-        [["in all", output.human_size(found.total)]]
-        if found.total
-        else [["memory", "not known without the base's configs"]]
+        [["in all", human_size(found.total)]] if found.total else [["memory", "not known without the base's configs"]]
     )
     output.show(output.table(rows))
 

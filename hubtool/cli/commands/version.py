@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from hubtool import __version__
 from hubtool.cli.context import json_option
 from hubtool.cli.output import print_json, show, table
+from hubtool.version import __version__
 
 PACKAGES = (
     "click", "sqlalchemy", "alembic", "rich", "torch", "numpy", "safetensors",

@@ -82,10 +82,13 @@ def prepare(base: Side, tuned: Side, request: Request) -> Task:
     return Task(base, tuned, pairs, found, request)
 
 
-def extract(task: Task, scratch: Scratch, progress: Progress | None = None) -> tuple[Plan, Report]:
+def extract(
+    task: Task, scratch: Scratch, progress: Progress | None = None, *, empty: bool = False
+) -> tuple[Plan, Report]:
     """Decompose every module that changed. The plan's tensors lie on ``scratch``: execute it before that is closed.
 
-    Raises ``ConversionError`` when nothing changed, ``BadValues`` naming a tensor with NaN or infinity.
+    Raises ``ConversionError`` when nothing changed, ``BadValues`` naming a tensor with NaN or infinity. ``empty``: where nothing changed
+    the plan has no tensors, instead of the error.
     """
     found = decompose(task.sorted.units, task.request, scratch, progress)
     changed = [one for one in found if one is not None]
@@ -95,9 +98,12 @@ def extract(task: Task, scratch: Scratch, progress: Progress | None = None) -> t
         left = {reason: changes.changed(task.pairs, keys, room) for reason, keys in task.sorted.left.items()}
     ranks = _ranks(changed, task.request, _reserved(task, dense))
     kept = [(one, rank) for one, rank in zip(changed, ranks, strict=True) if rank]
-    if not kept and not dense:
+    nothing = not kept and not dense
+    if nothing and (changed or not empty):
         raise _nothing(task, bool(changed))
     report = _report(task, found, kept, dense, left)
+    if nothing:
+        return Plan(task.tuned.file.path, task.request.format or "safetensors", None, {}), report
     return _plan(task, kept, dense, report), report
 
 

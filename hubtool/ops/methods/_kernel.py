@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hubtool.ops.methods import _noise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hubtool.ops.methods._registry import Method
-
 Tiles = Callable[[], Iterator[tuple[Any, ...]]]
+
+
+class Method(Protocol):
+    """What a kernel has to know of a method (``_registry.Method``)."""
+
+    @property
+    def function(self) -> Callable[..., Any]: ...
+    @property
+    def tiling(self) -> str: ...
+    @property
+    def random(self) -> bool: ...
+    @property
+    def survey(self) -> Callable[..., Any] | None: ...
 
 
 class Kernel:
