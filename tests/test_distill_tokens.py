@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from hubtool.actions import distill as actions
@@ -15,7 +16,8 @@ from hubtool.actions.load import load
 from hubtool.actions.recipe import RunOptions
 from hubtool.actions.recipe import run as run_recipe
 from hubtool.adapters.ir import Adapter
-from hubtool.errors import ConversionError
+from hubtool.cli.main import cli
+from hubtool.errors import ConversionError, WouldOverwrite
 from hubtool.formats import open_file
 from hubtool.layouts.identify import identify
 from hubtool.ops.extract.request import Request
@@ -118,6 +120,22 @@ def test_one_token_of_two_encoders_alone_has_a_key_for_each(tmp_path: Path) -> N
         "clip_l": (1, 16), "clip_g": (1, 24)
     }  # fmt: skip
     assert open_file(done.output).metadata["hubtool.token"] == "<s1>"
+
+
+def test_the_command_says_that_no_weight_differs(base: Path, words_only: Path, tmp_path: Path) -> None:
+    words = [words_only, base, "--rank", "4", "-o", tmp_path / "out.safetensors"]
+    result = CliRunner().invoke(cli, ["distill", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    assert "no weight differs" in result.stdout
+    assert "text_encoder: new token <s1>, 2 vectors" in result.stdout
+
+
+def test_tokens_beside_are_a_file_each_and_an_existing_one_stays(base: Path, words_only: Path, tmp_path: Path) -> None:
+    done = run(words_only, base, tmp_path / "out.safetensors", tokens="beside")
+    assert [path.name for path in tmp_path.iterdir()] == ["out-s1.safetensors"]
+    assert (done.output.name, done.others) == ("out-s1.safetensors", ())
+    with pytest.raises(WouldOverwrite):
+        run(words_only, base, tmp_path / "out.safetensors", tokens="beside")
 
 
 def test_the_same_pipeline_twice_has_nothing_to_distill(base: Path, tmp_path: Path) -> None:

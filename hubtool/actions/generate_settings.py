@@ -42,7 +42,8 @@ def settled(kind: str, path: Path, wanted: Mapping[str, Any], library: str | Non
     """Every setting of the adapter at ``path``, as ``hubtool.load`` takes them: what is wanted, else what lies beside it, else the default.
 
     A text is read by the type of the default: a number, on or off, or a file (path or REF; nothing: none). Raises ``UsageProblem`` for
-    words that the kind does not have, ``BadValues`` for values of another type, and what finding a file raises.
+    words that the kind does not have and for texts that cannot be read, ``BadValues`` for values of another type, and what finding a
+    file raises.
     """
     found = kinds.check(kind, wanted)
     usual = {word: _BESIDE[word](path) if word in _BESIDE else value for word, value in found.SETTINGS.items()}
@@ -57,7 +58,8 @@ def _value(word: str, value: Any, usual: Any, library: str | None) -> Any:
     if type(usual) is float and type(read) is int:
         read = float(read)
     if type(read) is not type(usual) or (isinstance(read, float) and not math.isfinite(read)):
-        raise BadValues(f"{word} = {value!r}: {_CALLED[type(usual)]} expected", hint=f"{word}={_written(usual)}")
+        problem = UsageProblem if isinstance(value, str) else BadValues
+        raise problem(f"{word} = {value!r}: {_CALLED[type(usual)]} expected", hint=f"{word}={_written(usual)}")
     return read
 
 
