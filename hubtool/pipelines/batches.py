@@ -113,16 +113,22 @@ class Batch:
     def _sum(self, buffer: Any, step: int) -> None:
         import torch
 
-        dtype = wide(self.originals[0].dtype)
-        up, down = self._factors(buffer.device, dtype)
-        gate = self._gate(step, up)
-        for part in _parts(buffer, dtype):
-            originals = self._originals(part, buffer.device)
-            into = buffer[part] if buffer.dtype == dtype == originals[0].dtype else None
-            total = torch.stack(originals, out=into).to(dtype)
-            total.view(len(total), up.shape[1], -1).baddbmm_(*gated(up[part], down[part], gate[part]))
+        for originals, rows, up, down, gate in self._slices(buffer, step):
+            into = rows if rows.dtype == up.dtype == originals[0].dtype else None
+            total = torch.stack(originals, out=into).to(up.dtype)
+            total.flatten(2).baddbmm_(*gated(up, down, gate))
             if into is None:
-                buffer[part].copy_(total)
+                rows.copy_(total)
+
+    def _slices(self, buffer: Any, step: int) -> Iterator[tuple[Any, ...]]:
+        """(originals, rows of the buffer, factors, strengths) of a few members after another."""
+        up, down = self._factors(buffer.device, wide(self.originals[0].dtype))
+        gate = self._gate(step, up)
+        count = _at_once(buffer, up.dtype)
+        cut = (one.split(count) for one in (buffer, up, down, gate))
+        starts = range(0, len(buffer), count)
+        for start, *views in zip(starts, *cut, strict=True):
+            yield (self._originals(slice(start, start + count), buffer.device), *views)
 
     def _originals(self, part: slice, device: Any) -> Sequence[Any]:
         own = self.originals[part]  # all in one place
@@ -203,11 +209,9 @@ def _numbers(weight: Weight) -> tuple[int, ...]:
     return tuple(known.setdefault(state, len(known) - 1) for state in weight.states)
 
 
-def _parts(buffer: Any, dtype: Any) -> Iterator[slice]:
-    """The members, a few at a time: on a CPU as many as its cache has room for, elsewhere as many as memory is lent to."""
-    room = _CACHED if buffer.device.type == "cpu" else _LARGEST
-    count = _fitting(room, buffer[0], dtype)
-    return (slice(start, start + count) for start in range(0, len(buffer), count))
+def _at_once(buffer: Any, dtype: Any) -> int:
+    """How many members: on a CPU as many as its cache has room for, elsewhere as many as memory is lent to."""
+    return _fitting(_CACHED if buffer.device.type == "cpu" else _LARGEST, buffer[0], dtype)
 
 
 def _fitting(room: int, tensor: Any, dtype: Any) -> int:

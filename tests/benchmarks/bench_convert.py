@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.measure import alternate, compiled, copy_and_sync, interpreter
+from tests.benchmarks.measure import alternate, copy_and_sync, interpreter
 from tests.support.adapters import attention, make, values, write
 
 HUBTOOL = [sys.executable, "-m", "hubtool", "-q", "--library", "/nonexistent/none.sqlite3", "convert"]
@@ -36,7 +36,6 @@ save_file(torch.load(sys.argv[1], weights_only=True, mmap=True), sys.argv[2])
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         folder = Path(name)
-        compiled()
         start = interpreter()
         print(
             json.dumps(

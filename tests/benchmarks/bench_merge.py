@@ -1,4 +1,4 @@
-"""Merging two SD1.5 checkpoints against cp + fsync and peers: ``python -m tests.benchmarks.bench_merge [FOLDER] [--peers]``.
+"""Merging two SD1.5 checkpoints against cp + fsync and peers: ``python -m tests.benchmarks.bench_merge [FOLDER] [--peers[=NAME]]``.
 
 Two checkpoints of SD1.5's names and shapes (fp16, 2.1 GB each) are made in FOLDER (a temporary one by default; 9 GB free). With ``--peers``,
 sd-mecha, sd-meh and mergekit are installed from PyPI beside them, and run in turn. With ``--sdxl`` the two are SDXL's (6.9 GB each,
@@ -45,13 +45,18 @@ def main() -> None:
         out, copy = folder / "out.safetensors", folder / "copy.safetensors"
         commands: dict[str, Any] = {"cp": copy_and_sync(first, copy)}
         commands |= {key: [*OURS, first, second, "-o", out, *options] for key, options in METHODS.items()}
-        if "--peers" in sys.argv:
-            commands |= {name: peer.command(folder / name, first, second, out) for name, peer in PEERS.items()}
+        commands |= {name: PEERS[name].command(folder / name, first, second, out) for name in peers()}
         runs = alternate(commands, [out, copy], ROUNDS)
         report = {key: {"seconds": round(run.seconds, 2), "anon_mb": run.anon >> 20} for key, run in runs.items()}
         for peer in [name for name in runs if name not in METHODS]:
             report[f"weighted_sum / {peer}"] = round(runs["weighted_sum"].seconds / runs[peer].seconds, 3)  # type: ignore[assignment]
         print(json.dumps(report, indent=2))
+
+
+def peers() -> list[str]:
+    """Those asked for: ``--peers`` all, ``--peers=sd_meh`` one."""
+    asked = [one.partition("=")[2] for one in sys.argv if one.partition("=")[0] == "--peers"]
+    return list(PEERS) if "" in asked else asked
 
 
 def checkpoint(path: Path, family: str, seed: int) -> Path:

@@ -20,20 +20,11 @@ _PROMPT = "a cat"
 def show() -> None:
     style, token = OUT / "style.safetensors", OUT / "tiny-style.safetensors"
     say(
-        "Pictures with two LoRAs: a grid of strengths, a strength that changes by step, and a picture made again from its own recipe"
+        "Pictures with two LoRAs: a grid of strengths, a strength that changes by step, a picture made again from its recipe"
     )
     common = ("-p", _PROMPT, "--steps", "4", "--seed", "1", "--size", "64x64")
-    run(
-        "generate",
-        BASE,
-        style,
-        OUT / "detail.safetensors",
-        *common,
-        "--grid",
-        "strengths=0,0.5,1",
-        "-o",
-        OUT / "grid.png",
-    )
+    both = style, OUT / "detail.safetensors"
+    run("compare", BASE, *both, *common, "--strengths", "0,0.5,1", "-o", OUT / "grid.png")
     run("generate", BASE, style, *common, "--schedule", "style=linear:1:0.2", "-o", OUT / "late.png")
     run("generate", "--from", OUT / "late.png", "-o", OUT / "again.png")
     _same(OUT / "late.png", OUT / "again.png")
