@@ -63,6 +63,19 @@ class Job:
         """What progress counts up to."""
         return self.task.total
 
+    @property
+    def apart(self) -> bool:
+        """Whether tokens shall have files of their own."""
+        return self.options.tokens != "auto"
+
+    @property
+    def family(self) -> str:
+        return self.task.pairs.family
+
+    @property
+    def layout(self) -> str:
+        return self.task.request.layout
+
     def to_json(self) -> dict[str, Any]:
         return {**self.task.to_json(), "tokens": [one.to_json() for one in self.embeddings]}
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from hubtool.adapters.ir import Adapter, Embedding
 from hubtool.adapters.token_embeddings import canonical_metadata
@@ -16,12 +16,22 @@ from hubtool.ops.target import SUFFIXES
 from hubtool.tensors.expr import Expr
 from hubtool.tensors.writer import write_safetensors
 
-if TYPE_CHECKING:
-    from hubtool.actions.distill import Job
-
 _ENCODER_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
 _UNFIT = re.compile(r"[^\w.-]+")
 _BARE, _SEVERAL = "diffusers", "kohya-sdxl"  # encodings: the token is the key; a key for each encoder
+
+
+class Asked(Protocol):
+    """What a distillation says about its tokens. ``apart``: they shall have files of their own."""
+
+    @property
+    def embeddings(self) -> tuple[Embedding, ...]: ...
+    @property
+    def apart(self) -> bool: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +47,30 @@ class Tokens:
     encoding: str | None = None
 
     @classmethod
-    def of(cls, job: Job, output: Path) -> Tokens:
+    def of(cls, asked: Asked, output: Path) -> Tokens:
         """Where they go beside changed weights."""
-        if not job.embeddings:
+        if not asked.embeddings:
             return cls()
-        if job.options.tokens == "auto":
-            emission = emit(Adapter(job.task.pairs.family, {}, job.embeddings), job.task.request.layout)
+        if not asked.apart:
+            emission = emit(Adapter(asked.family, {}, asked.embeddings), asked.layout)
             if not emission.losses and emission.container == "safetensors":
                 return cls(emission.tensors, emission.metadata)
-        return cls(beside=_files(job.embeddings, output))
+        return cls(beside=_files(asked.embeddings, output))
 
     @classmethod
-    def alone(cls, job: Job, output: Path) -> Tokens:
+    def alone(cls, asked: Asked, output: Path) -> Tokens:
         """Where they go when no weight changed: one file where one can hold them and its readers take it, else a file for each.
 
         diffusers reads one token from a file; layouts that pack tokens into an adapter have readers for several in one.
         """
-        named = _by_token(job.embeddings)
-        usual = cls.of(job, output)
+        named = _by_token(asked.embeddings)
+        usual = cls.of(asked, output)
         single = all(len(own) == 1 for own in named.values())
-        if (
-            job.options.tokens != "auto"
-            or output.suffix not in SUFFIXES
-            or not (len(named) == 1 or (usual.inside and single))
-        ):
-            return cls(beside=_files(job.embeddings, output))
+        if asked.apart or output.suffix not in SUFFIXES or not (len(named) == 1 or (usual.inside and single)):
+            return cls(beside=_files(asked.embeddings, output))
         tensors = {key: vectors for own in named.values() for key, vectors in _keyed(own).items()}
         encoding = _BARE if single else _SEVERAL
-        metadata = canonical_metadata(job.embeddings[0].token, encoding) if len(named) == 1 else {}
+        metadata = canonical_metadata(asked.embeddings[0].token, encoding) if len(named) == 1 else {}
         return cls(tensors, metadata, encoding=encoding)
 
     @property
