@@ -387,9 +387,9 @@ def test_show_prints_what_run_takes(tmp_path: Path, stock: Path) -> None:
 def test_large_inputs_are_hashed_only_when_asked_and_repeat_either_way(
     tmp_path: Path, stock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hubtool.actions import collapse
+    from hubtool.actions import collapse, late_hashes
 
-    monkeypatch.setattr(collapse, "_HASHED", 1 << 20)
+    monkeypatch.setattr(late_hashes, "LARGE", 1 << 20)
     style = Input(path=str(stock / "style.safetensors"), role="adapter")
     for name, hashes in (("plain", False), ("hashed", True)):
         out = tmp_path / f"{name}.safetensors"

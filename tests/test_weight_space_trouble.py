@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,23 @@ def beside(models: Path, folder: Path) -> None:
         (folder / path.name).symlink_to(path)
 
 
+def refused(
+    models: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path, Path, str], Path],
+    bad: str,
+    arguments: tuple[str, ...],
+    *words: str,
+) -> None:
+    """What ``spoil`` did to the input ``bad`` is refused in these words, and nothing is written."""
+    inputs, outputs = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir()
+    outputs.mkdir()
+    beside(models, spoil(models, inputs, bad))
+    failed(ask(inputs, arguments, outputs / "out.safetensors"), *words)
+    assert list(outputs.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "bad"),
     [
@@ -168,13 +185,7 @@ def beside(models: Path, folder: Path) -> None:
 def test_nan_is_refused_with_the_tensors_name_and_leaves_nothing(
     models: Path, tmp_path: Path, arguments: tuple[str, ...], bad: str
 ) -> None:
-    inputs, outputs = tmp_path / "in", tmp_path / "out"
-    inputs.mkdir()
-    outputs.mkdir()
-    beside(models, poisoned(models, inputs, bad))
-    found = ask(inputs, arguments, outputs / "out.safetensors")
-    failed(found, "to_q", "NaN")
-    assert list(outputs.iterdir()) == []
+    refused(models, tmp_path, poisoned, bad, arguments, "to_q", "NaN")
 
 
 def test_strip_counts_nan_and_keeps_it(models: Path, tmp_path: Path) -> None:
@@ -207,13 +218,7 @@ def narrower(models: Path, folder: Path, name: str) -> Path:
 def test_another_shape_names_the_module_and_both_shapes(
     models: Path, tmp_path: Path, arguments: tuple[str, ...], bad: str
 ) -> None:
-    inputs, outputs = tmp_path / "in", tmp_path / "out"
-    inputs.mkdir()
-    outputs.mkdir()
-    beside(models, narrower(models, inputs, bad))
-    found = ask(inputs, arguments, outputs / "out.safetensors")
-    failed(found, "to_q", "15")
-    assert list(outputs.iterdir()) == []
+    refused(models, tmp_path, narrower, bad, arguments, "to_q", "15")
 
 
 @pytest.mark.parametrize(

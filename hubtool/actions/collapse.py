@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.late_hashes import LateHashes
+from hubtool.actions.late_hashes import LateHashes, large
 from hubtool.actions.outcome import recorded
 from hubtool.actions.recipe import RunOptions, fingerprint, resolve
 from hubtool.actions.refs import locate
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from hubtool.ops.collapse.checking import Compared, Verdict
 
 Progress = Callable[[int], None]
-_HASHED = 1 << 30  # bytes: hashing a larger input takes longer than collapsing into it
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +197,8 @@ def _run(job: _Job, progress: Progress | None) -> Collapsed:
 def _late(job: _Job, inputs: Sequence[Path]) -> LateHashes:
     """Fingerprints of the inputs, but for large ones that nobody asked for. It never depends on the machine: equal recipes, equal bytes."""
     stated = [one.sha256 if job.options.verified else None for one in (job.base, *job.adapters)]
-    wanted = [path for path in inputs if job.options.hashes or _bytes(path) <= _HASHED]
+    wanted = [path for path in inputs if job.options.hashes or not large(path)]
     return LateHashes(wanted, dict(zip(inputs, stated, strict=True)))
-
-
-def _bytes(path: Path) -> int:
-    files = open_file(path).files if path.is_dir() else (path,)
-    return sum(file.stat().st_size for file in files)
 
 
 def strengths_of(one: Input) -> Strengths:

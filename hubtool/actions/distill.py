@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -13,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 from hubtool.actions import extract as extraction
 from hubtool.actions.bases import located
 from hubtool.actions.distill_tokens import Tokens
-from hubtool.actions.outcome import lossy, recorded
+from hubtool.actions.outcome import check_output, lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions
 from hubtool.adapters.ir import Embedding
-from hubtool.errors import UsageProblem, WouldOverwrite
+from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
 from hubtool.layouts.emission import Loss
 from hubtool.ops.execute import execute
 from hubtool.ops.extract.request import Request
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Parent, Recipe, stamp
-from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:
     from hubtool.ops.distill.tables import Table
@@ -214,12 +212,9 @@ def _refused(left: Sequence[Loss], task: Task) -> Exception:
 
 
 def _check_output(job: Job, outputs: Sequence[Path]) -> None:
-    """What can be known before a minute of work. Folders are never replaced."""
+    inputs = [side.file.path for side in (job.task.base, job.task.tuned)]
     for path in outputs:
-        if any(same_file(path, side.file.path) for side in (job.task.base, job.task.tuned)):
-            raise UsageProblem("the output is an input", path=path, hint="choose another name")
-        if os.path.lexists(path) and (path.is_dir() or not job.options.force):
-            raise WouldOverwrite("the output already exists", path=path, hint="choose another name, or add --force")
+        check_output(path, inputs, replace=job.options.force and not path.is_dir())
 
 
 def _notes(job: Job) -> Iterable[str]:

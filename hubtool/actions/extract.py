@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubtool.actions.outcome import lossy, recorded
+from hubtool.actions.outcome import check_output, lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions
 from hubtool.actions.refs import locate
-from hubtool.errors import UsageProblem, WouldOverwrite
+from hubtool.errors import UsageProblem
 from hubtool.formats import TensorFile, open_file
 from hubtool.ops.execute import execute
 from hubtool.ops.extract.request import Request
 from hubtool.ops.plan import Plan
 from hubtool.ops.recipe import Input, Output, Parent, Recipe, stamp
 from hubtool.ops.target import SUFFIXES
-from hubtool.tensors.writer import same_file
 
 if TYPE_CHECKING:
     from hubtool.ops.extract.planning import Task
@@ -81,7 +79,7 @@ def extract(
 
     options, output = options or Options(), Path(output)
     files = task.base.file, task.tuned.file
-    _check_output(output, files, options.force)
+    check_output(output, [file.path for file in files], replace=options.force and not output.is_dir())
     hashes = Hashes([file.path for file in files])
     with Scratch(output.parent) as scratch:
         plan, report = planning.extract(task, scratch, progress)
@@ -98,14 +96,6 @@ def extract(
 def format_of(output: str | Path) -> str | None:
     """The container that a file name asks for; None where the layout decides."""
     return SUFFIXES.get(Path(output).suffix.lower())
-
-
-def _check_output(output: Path, inputs: tuple[TensorFile, ...], force: bool) -> None:
-    """What can be known before a minute of work. Folders are never replaced."""
-    if any(same_file(output, file.path) for file in inputs):
-        raise UsageProblem("the output is an input", path=output, hint="choose another name")
-    if os.path.lexists(output) and (output.is_dir() or not force):
-        raise WouldOverwrite("the output already exists", path=output, hint="choose another name, or add --force")
 
 
 def recipe_of(task: Task) -> Recipe:

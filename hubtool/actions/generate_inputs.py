@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hubtool.actions.generate_settings import ALONE, TOKENS, Settings, asked, check_named, kept, of_part, settled
+from hubtool.actions.late_hashes import LARGE
 from hubtool.actions.recipe import RunOptions, fingerprint, resolve
 from hubtool.actions.refs import locate
 from hubtool.errors import BadValues, LoadMismatch, Unsupported, UsageProblem
@@ -25,7 +26,6 @@ from hubtool.pipelines.pictures import Part, Recipe
 
 Refs = Mapping[Any, float] | Sequence[str | Path | tuple[str | Path, float]]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_LARGE = 1 << 30  # above, hashing a base takes longer than a few pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def _base(base: Any, library: str | None, hashes: bool) -> tuple[str | Path, Par
         return str(base), *_called(str(base), None, *base_families.families(str(base)))
     path = locate(base, library)
     families = base_families.families(path)
-    known = fingerprint(path) if hashes or _size(path) <= _LARGE else None
+    known = fingerprint(path) if hashes or _size(path) <= LARGE else None
     return path, *_called(path.resolve().name, known, *families)
 
 

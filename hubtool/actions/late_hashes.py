@@ -7,6 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hubtool.actions.recipe import Hashes
+from hubtool.formats import open_file
+
+LARGE = 1 << 30  # bytes: hashing a larger input takes longer than what is done with it, and waits until somebody asks
+
+
+def large(path: Path) -> bool:
+    """Whether a file, or the weights in a folder, are ``LARGE``."""
+    files = open_file(path).files if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files) > LARGE
 
 
 class LateHashes:

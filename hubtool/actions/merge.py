@@ -9,12 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from hubtool.actions.late_hashes import LateHashes
+from hubtool.actions import outcome
+from hubtool.actions.late_hashes import LARGE, LateHashes
 from hubtool.actions.merge_kinds import kind_of
-from hubtool.actions.outcome import lossy, recorded
+from hubtool.actions.outcome import check_output, lossy, recorded
 from hubtool.actions.recipe import RunOptions
 from hubtool.actions.refs import locate
-from hubtool.errors import UsageProblem, WouldOverwrite
+from hubtool.errors import UsageProblem
 from hubtool.formats import open_file
 from hubtool.formats.base import TensorFile
 from hubtool.ops import merge_adapters, merge_checkpoints
@@ -29,19 +30,17 @@ from hubtool.ops.recipe import Input, Output, Parent, Recipe
 from hubtool.ops.strengths import Strengths, parse
 from hubtool.ops.target import SUFFIXES
 from hubtool.tensors.device import check_device
-from hubtool.tensors.writer import same_file
 
 Progress = Callable[[int], None]
 Report: TypeAlias = "AdapterReport | merge_checkpoints.Report"
 Planned: TypeAlias = tuple[Plan, "Report"]
 DEFAULTS = MappingProxyType({"adapter": "linear", "checkpoint": "weighted_sum"})
-_HASHED = 1 << 30  # bytes: a larger input is only hashed when asked, it costs more than merging does
 _BUDGET = ("rank", "energy", "error", "size", "across", "max_rank")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How a merge is carried out.
+class Options(outcome.Options):
+    """How a merge is carried out; what every verb has stands in ``outcome.Options``.
 
     ``method``: None for the weighted sum. ``strengths`` and ``blocks``: texts for the inputs in their order, see
     ``ops.checkpoint_merge.shares``; an input may bring its own. ``budget``, ``space``, ``alpha``: of adapters only. ``container``: None for
@@ -65,12 +64,6 @@ class Options:
     seed: int = 0
     steps: int | None = None
     hashes: bool = False
-    allow_loss: bool = False
-    force: bool = False
-    dry_run: bool = False
-    library: str | None = None
-    device: str = "cpu"
-    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +167,7 @@ def _check_output(job: _Job) -> None:
     output = job.output
     if output is None or job.options.dry_run:
         return
-    if any(same_file(output, file.path) for file in job.files):
-        raise UsageProblem("the output is an input", path=output, hint="choose another name")
-    if os.path.lexists(output) and not job.options.force:
-        raise WouldOverwrite("the output already exists", path=output, hint="choose another name, or add --force")
+    check_output(output, [file.path for file in job.files], replace=job.options.force)
 
 
 def _plan(job: _Job) -> Planned:
@@ -294,7 +284,7 @@ def _one(job: _Job, planned: Planned, output: Path | None, progress: Progress | 
 def _late(job: _Job) -> LateHashes:
     """Fingerprints of the inputs, but for large ones that nobody asked for."""
     known = {file.path: one.sha256 for file, one in zip(job.files, job.inputs, strict=True)}
-    wanted = (file for file in job.files if job.options.hashes or _size(file) <= _HASHED)
+    wanted = (file for file in job.files if job.options.hashes or _size(file) <= LARGE)
     return LateHashes([file.path for file in wanted], known)
 
 

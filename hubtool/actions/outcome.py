@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hubtool.actions.where import library_exists
-from hubtool.errors import LossyConversion, RegistryError
+from hubtool.errors import LossyConversion, RegistryError, UsageProblem, WouldOverwrite
 from hubtool.ops.plan import Plan
+from hubtool.tensors.writer import same_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,14 @@ class Options:
     library: str | None = None
     device: str = "cpu"
     workers: int | None = None
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, replace: bool) -> None:
+    """What can be known before a minute of work: raise ``UsageProblem`` for an output that is an input, ``WouldOverwrite`` for one that exists."""
+    if any(same_file(output, path) for path in inputs):
+        raise UsageProblem("the output is an input", path=output, hint="choose another name")
+    if os.path.lexists(output) and not replace:
+        raise WouldOverwrite("the output already exists", path=output, hint="choose another name, or add --force")
 
 
 def lossy(plan: Plan, path: Path | None = None) -> LossyConversion:

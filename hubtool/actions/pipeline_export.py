@@ -12,6 +12,7 @@ from typing import Any
 
 from hubtool.actions.bases import located
 from hubtool.actions.generate_inputs import Refs, pairs
+from hubtool.actions.late_hashes import large
 from hubtool.actions.outcome import lossy, recorded
 from hubtool.actions.recipe import Hashes, RunOptions
 from hubtool.actions.refs import locate
@@ -37,7 +38,6 @@ from hubtool.tensors.expr import Expr, Literal
 from hubtool.tensors.writer import same_file
 
 Progress = Callable[[int], None]
-_HASHED = 1 << 30  # bytes: hashing a larger base takes longer than collapsing into it
 _SINGLE = (".safetensors",)
 _INDEX = "model_index.json"
 
@@ -166,7 +166,7 @@ def _run(job: _Job, output: Path, progress: Progress | None) -> Exported:
     recipe = _recipe(job, made)
     if job.options.dry_run:
         return Exported(made, tuple(accounts), job.tokens, recipe, None, made.bytes_out, tuple(job.notes))
-    hashed = [path for path in job.paths if job.options.hashes or _bytes(path) <= _HASHED]
+    hashed = [path for path in job.paths if job.options.hashes or not large(path)]
     hashes = Hashes(hashed)
     marks = [hashes.of(path) if path in hashed else None for path in job.paths]
     parents = [Parent.of(file, mark) for file, mark in zip((job.base.file, *job.files), marks, strict=True)]
@@ -275,11 +275,6 @@ def _literal(vectors: Any) -> Expr:
     flat = vectors.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     data = bytes(flat.tolist())
     return Literal(data, FROM_TORCH[str(vectors.dtype).removeprefix("torch.")], tuple(vectors.shape))
-
-
-def _bytes(path: Path) -> int:
-    files = open_file(path).files if path.is_dir() else (path,)
-    return sum(file.stat().st_size for file in files)
 
 
 def _parameters(options: Options) -> dict[str, Any]:

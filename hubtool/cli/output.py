@@ -66,6 +66,14 @@ def show(text: str = "") -> None:
     click.echo("\n".join(clean(line) for line in text.split("\n")))
 
 
+def details(lines: Iterable[str], warning: str | None = None) -> None:
+    """Lines that belong to the one before, indented; then what went wrong beside it."""
+    for line in lines:
+        show(f"  {line}")
+    if warning:
+        complain(warning, "warning")
+
+
 def raw(text: str) -> None:
     """Print text of our own making (a script, a help page) as it is."""
     click.echo(text, nl=False)

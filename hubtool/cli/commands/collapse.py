@@ -126,17 +126,12 @@ def _describe(done: Collapsed) -> None:
     output.show(f"{plan.source} -> {done.output or '(dry run)'}")
     counts = f"{len(report.shares)} tensors computed, {report.tensors - len(report.shares)} copied"
     output.show(f"  {plan.format}, layout {plan.layout or '-'}, {counts}, {human_size(done.size)}")
-    for line in _lines(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_lines(done), done.warning)
 
 
 def _lines(done: Collapsed) -> Iterator[str]:
     for one in done.report.accounts:
-        found = f"{len(one.matched)} of {one.modules} modules matched"
-        rest = f"{len(one.unmatched)} unmatched, {len(one.mismatched)} mismatched, {one.skipped} at strength 0"
-        yield f"{one.name}: {found}, {rest}"
+        yield str(one)
         yield from _first([f"unmatched: {name}" for name in one.unmatched], "unmatched")
         yield from _first([f"mismatched: {name}: {why}" for name, why in one.mismatched.items()], "mismatched")
     yield from (f"rounded: {what}: {why}" for what, why in done.plan.rounded.items())

@@ -136,10 +136,7 @@ def _describe(done: Converted) -> None:
     layout = f"layout {plan.layout or '-'}"
     size = human_size(done.size)
     output.show(f"  {plan.format}, {layout}, {_counted(len(plan.tensors), 'tensor')}, {size}, {plan.fidelity}")
-    for line in _details(plan, everything=done.output is None):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_details(plan, everything=done.output is None), done.warning)
     if done.verdict is not None:
         verdict = done.verdict
         output.show(f"  verify: {_counted(verdict.modules, 'module')}, worst relative error {verdict.worst:.3g}")

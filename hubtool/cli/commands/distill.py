@@ -86,10 +86,7 @@ def _preview(job: Job, as_json: bool) -> None:
 def _describe(done: Distilled) -> None:
     output.show(f"{done.output}")
     output.show(f"  {done.report.family}, layout {done.plan.layout}, {human_size(done.size)}")
-    for line in _lines(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_lines(done), done.warning)
 
 
 def _lines(done: Distilled) -> Iterator[str]:

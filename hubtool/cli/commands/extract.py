@@ -86,10 +86,7 @@ def _describe(done: Extracted) -> None:
     output.show(f"  {report.family}, layout {done.plan.layout}, {len(report.modules)} decomposed, {spread}, {size}")
     if report.error is not None:
         output.show(f"  error {report.error:.4f} of the change ({1 - report.error**2:.1%} of its energy kept)")
-    for line in _details(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_details(done), done.warning)
 
 
 def _details(done: Extracted) -> Iterator[str]:

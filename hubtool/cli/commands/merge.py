@@ -226,10 +226,7 @@ def _describe(done: Merged) -> None:
     output.show(
         f"  {done.recipe.method}, {plan.format}, layout {plan.layout or '-'}, {len(plan.tensors)} tensors, {size}"
     )
-    for line in _details(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_details(done), done.warning)
 
 
 def _said(one: Input) -> str:

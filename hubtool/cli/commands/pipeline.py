@@ -87,16 +87,11 @@ def export_(state: State, /, base: str, adapters: tuple[str, ...], out: Path | N
 def _describe(done: Exported) -> None:
     output.show(f"{done.plan.source} -> {done.output or '(dry run)'}")
     output.show(f"  {done.plan.format}, {human_size(done.size)}")
-    for line in _lines(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_lines(done), done.warning)
 
 
 def _lines(done: Exported) -> Iterator[str]:
-    for one in done.accounts:
-        found = f"{len(one.matched)} of {one.modules} modules matched"
-        yield f"{one.name}: {found}, {len(one.unmatched)} unmatched, {len(one.mismatched)} mismatched, {one.skipped} at strength 0"
+    yield from map(str, done.accounts)
     for encoder, tokens in done.tokens.items():
         yield f"{encoder}: new tokens {', '.join(tokens)}"
     yield from (f"rounded: {what}: {why}" for what, why in done.plan.rounded.items())

@@ -68,10 +68,7 @@ def _describe(done: Resized) -> None:
     before = _span(sorted({rank for one in report.modules.values() for rank in one.ranks if rank}))
     after = _span(sorted({one.rank for one in report.modules.values() if one.rank is not None}))
     output.show(f"  layout {done.plan.layout}, {len(report.modules)} modules, rank {before} -> {after}, {size}")
-    for line in _details(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_details(done), done.warning)
 
 
 def _details(done: Resized) -> Iterator[str]:

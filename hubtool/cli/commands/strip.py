@@ -65,10 +65,7 @@ def command(state: State, /, source: Path, out: Path | None, as_json: bool, dry_
 
 def _describe(done: Stripped) -> None:
     output.show(f"{done.plan.source} -> {done.output or '(dry run)'}")
-    for line in _lines(done):
-        output.show(f"  {line}")
-    if done.warning:
-        output.complain(done.warning, "warning")
+    output.details(_lines(done), done.warning)
 
 
 def _lines(done: Stripped) -> Iterator[str]:

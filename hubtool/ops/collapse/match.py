@@ -37,6 +37,12 @@ class Account:
     extras: int = 0
     strengths: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        found = f"{self.name}: {len(self.matched)} of {self.modules} modules matched"
+        return (
+            f"{found}, {len(self.unmatched)} unmatched, {len(self.mismatched)} mismatched, {self.skipped} at strength 0"
+        )
+
     @property
     def modules(self) -> int:
         return len(self.matched) + len(self.unmatched) + len(self.mismatched) + self.skipped
